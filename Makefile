@@ -1,0 +1,48 @@
+# make demo · make test · make check · make bench: each sets itself up in .venv on a fresh machine.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+# Which torch to install first. Without a GPU, a fixed release: the newest would bring gigabytes of CUDA packages.
+# In Gaudi's container, none: its own torch is used, so the environment sees the system's packages.
+ifneq ($(wildcard /dev/accel/accel0),)
+TORCH ?=
+VENV_FLAGS := --system-site-packages
+else ifneq ($(wildcard /dev/nvidiactl),)
+TORCH ?= torch
+else
+TORCH ?= torch==2.13.0
+endif
+
+.PHONY: demo test check bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/plots
+	$(PY) bench/demo.py
+
+test: $(VENV)/test
+	$(PY) -m pytest
+
+check: $(VENV)/test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PY) -m pytest -m "not slow"
+
+bench: $(VENV)/plots
+	$(PY) bench/int4_cpu.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(if $(TORCH),$(VENV)/bin/pip install --quiet $(TORCH))
+	touch $@
+
+$(VENV)/plots: $(VENV)/torch pyproject.toml
+	$(VENV)/bin/pip install --quiet -e ".[plots]"
+	touch $@
+
+$(VENV)/test: $(VENV)/torch pyproject.toml
+	$(VENV)/bin/pip install --quiet -e ".[test,oracle]"
+	touch $@

@@ -1,0 +1,114 @@
+"""The whole recipe on the embedded default: base -> SFT -> DPO -> DPO in INT4, scored on sums that nobody trained on.
+
+    python bench/demo.py                   # make demo: a few minutes on 2 cores
+    python bench/demo.py --seeds 1 2 3     # the same with other data, other adapters and another test: the scatter
+
+Runs the three scripts as a user would, in runs/demo*, and prints one table; writes bench/results/demo.json with
+--record.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from minichat.assets import sums  # noqa: E402
+
+BASE = ROOT / "minichat" / "assets" / "base"
+EXAMPLE = "calculate 100 + 520 + 60"
+
+
+def python(*args: object) -> str:
+    """Run a script of the project; its standard output. What it says on standard error passes through."""
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} failed with exit code {done.returncode}")
+    return done.stdout
+
+
+def score(test: Path, model: Path, *flags: str) -> float:
+    out = python("-m", "minichat.evaluate", "--model", model, "--data", test, "--json", "--max-new-tokens", 160, *flags)
+    return json.loads(out)["exact_match"]
+
+
+def run(seed: int) -> tuple[dict[str, float], dict[str, str], float]:
+    """One pass over the recipe: the accuracies, the answers to the cards' example, and the seconds it took."""
+    start = time.perf_counter()
+    folder = ROOT / "runs" / f"demo-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    test = sums.write("test", 500, seed, folder / "test.jsonl")
+    sft, dpo = folder / "sft", folder / "dpo"
+    python("train.py", "--seed", seed, "--out", sft)
+    python("dpo.py", "--model", sft, "--seed", seed, "--out", dpo)
+    stages = {"base": (BASE,), "SFT": (sft,), "DPO": (dpo,), "DPO INT4": (dpo, "--int4")}
+    accuracy = {name: score(test, *flags) for name, flags in stages.items()}
+    answers = {
+        name: python("infer.py", "--model", *flags, "--prompt", EXAMPLE, "--max-new-tokens", 160).strip()
+        for name, flags in stages.items()
+    }
+    return accuracy, answers, time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="one pass for each (default: 42)")
+    parser.add_argument("--record", action="store_true", help="write bench/results/demo.json and demo.png")
+    args = parser.parse_args()
+    passes = {seed: run(seed) for seed in args.seeds}
+    accuracy, answers, _ = passes[args.seeds[0]]
+
+    print(f"\nExact match on 500 held-out sums{' (seed by seed)' if len(passes) > 1 else ''}\n")
+    print(f"| {'':8} | " + " | ".join(f"seed {seed}" for seed in passes) + " |")
+    print("| -------- | " + " | ".join("------:" for _ in passes) + " |")
+    for name in accuracy:
+        print(f"| {name:8} | " + " | ".join(f"{a[name]:7.1%}" for a, _, _ in passes.values()) + " |")
+    print(f"\n> {EXAMPLE}")
+    for name, answer in answers.items():
+        print(f"\n[{name}]\n{answer[:400]}")
+    seconds = [took for _, _, took in passes.values()]
+    print(f"\n{statistics.median(seconds):.0f} s a pass; pictures: runs/demo-{args.seeds[0]}/{{sft,dpo}}/loss.png")
+    if args.record:
+        record(passes)
+
+
+def record(passes: dict) -> None:
+    import torch
+
+    results = ROOT / "bench" / "results"
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    content = {
+        "command": f"python bench/demo.py --record --seeds {' '.join(map(str, passes))}",
+        "commit": commit.strip(),
+        "machine": f"{cpu()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "test": "500 held-out sums, greedy, exact match",
+        "seeds": {
+            seed: {"accuracy": accuracy, "seconds": round(took, 1)} for seed, (accuracy, _, took) in passes.items()
+        },
+        "answers": next(iter(passes.values()))[1],
+    }
+    results.mkdir(exist_ok=True)
+    (results / "demo.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    picture = ROOT / "runs" / f"demo-{next(iter(passes))}" / "dpo" / "loss.png"
+    if picture.exists():
+        shutil.copy(picture, results / "demo.png")
+
+
+def cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()

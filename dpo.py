@@ -1,0 +1,55 @@
+"""Preference alignment (DPO, arXiv 2305.18290) with a LoRA adapter, whose reference is the model without it.
+
+    python dpo.py                                                      # continues `python train.py`
+    python dpo.py --model teknium/OpenHermes-2.5-Mistral-7B --data pairs.jsonl --template chatml
+
+Records are JSON lines: {"prompt": …, "chosen": …, "rejected": …}, each a string or a list of messages, and
+"system" if there is one.
+"""
+
+from minichat import cli
+from minichat.errors import BadInput
+
+
+def parse():
+    parser = cli.Parser(__doc__)
+    cli.model_flags(parser, "without it: runs/sft, else the embedded base")
+    cli.chat_flags(parser)
+    group = parser.add_argument_group("preference loss")
+    group.add_argument("--beta", type=float, default=0.1, help="how dear it is to leave the reference")
+    group.add_argument("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid", help="its kind")
+    group.add_argument("--label-smoothing", type=float, default=0.0, help="share of flipped pairs (cDPO, robust)")
+    group.add_argument("--reference-free", action="store_true", help="take the reference's log-probs as equal")
+    group.add_argument("--max-prompt-length", type=int, default=1024, help="tokens, longer ones lose their beginning")
+    cli.training_flags(parser, cli.RUNS["dpo"], lr=2e-4, warmup=0.1, batch_size=16, max_length=1536)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    cli.check_training(args)
+    if not args.beta > 0:
+        raise BadInput(f"--beta is {args.beta}; it must be positive")
+    if not 0 < args.max_prompt_length < args.max_length:
+        raise BadInput(f"--max-prompt-length {args.max_prompt_length} leaves no room for answers in {args.max_length}")
+    args.model = args.model or cli.default_model("sft")
+
+    from minichat import data, runs, training
+
+    try:
+        method = training.dpo(args.beta, args.loss, args.label_smoothing, args.reference_free)
+    except ValueError as error:
+        raise BadInput(f"{error}") from None
+    model, tokenizer = cli.load(args)
+    if args.data is None:
+        args.data = runs.embedded_data(args, "pairs", 1500)
+
+    def read(file):
+        records = data.read_jsonl(file)
+        return data.pairs(records, tokenizer, args.template, args.max_length, args.max_prompt_length)
+
+    runs.train(args, model, tokenizer, method, read, "dpo")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,91 @@
+"""Sliding-window, grouped-query attention. What a query sees follows from positions alone."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERY_BLOCK = 512  # queries at a time where there are more: bounds the mask and the scores
+
+
+def visible(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
+    """Which keys each query sees: (B, T), (B, S) integer positions -> (B, 1, T, S) bool.
+
+    A query sees the `window` keys that end with itself (Mistral 7B, arXiv 2310.06825); None is full causal attention.
+    Position -1 marks an empty slot or padding: no query sees it. A padding query sees all keys, because a row of
+    softmax with nothing in it is NaN, and a NaN value times an attention weight of 0 would reach real tokens.
+    """
+    q, k = q_pos[:, None, :, None], k_pos[:, None, None, :]
+    seen = (k >= 0) & (k <= q)
+    if window is not None:
+        seen &= k > q - window
+    return seen | (q < 0)
+
+
+@dataclass
+class View:
+    """What the queries of one forward pass see; made once and used by every layer. None in its place is causal.
+
+    q_pos: (B or 1, T), k_pos: (B or 1, S), int64. ordered: the keys' columns are in order and end with the queries'
+    own, so that a block of queries needs only a slice of them; a ring buffer's are not.
+    """
+
+    q_pos: Tensor
+    k_pos: Tensor
+    window: int | None
+    ordered: bool
+
+    def __post_init__(self):
+        one_block = self.q_pos.shape[1] <= QUERY_BLOCK
+        self.mask = visible(self.q_pos, self.k_pos, self.window) if one_block else None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, view: View | None) -> Tensor:
+    """(B, H, T, Hd) queries, (B, KvH, S, Hd) keys and values -> (B, H, T, Hd).
+
+    With many queries the mask exists for QUERY_BLOCK of them at a time: memory grows with T, never with T * S.
+    """
+    if view is None or view.mask is not None:
+        return attend(q, k, v, None if view is None else view.mask)
+    T, S, W = q.shape[2], k.shape[2], view.window
+    blocks = []
+    for start in range(0, T, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, T)
+        last = S - T + end
+        first = max(0, S - T + start - W + 1) if view.ordered and W is not None else 0
+        mask = visible(view.q_pos[:, start:end], view.k_pos[:, first:last], W)
+        blocks.append(attend(q[:, :, start:end], k[:, :, first:last], v[:, :, first:last], mask))
+    return torch.cat(blocks, dim=2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax(q k^T / sqrt(Hd)) v by SDPA; mask (B or 1, 1, T, S) bool, True where seen, None causal with T == S.
+
+    Query head h reads key head h // (H / KvH). A few queries fold their group into T, so that decoding reads the
+    cache once and never repeats it.
+    """
+    B, H, T, Hd = q.shape
+    KvH = k.shape[1]
+    if KvH != H and mask is not None and T <= 16:
+        G = H // KvH
+        rows = mask.expand(-1, G, -1, -1).reshape(mask.shape[0], 1, G * T, -1)
+        return F.scaled_dot_product_attention(q.reshape(B, KvH, G * T, Hd), k, v, attn_mask=rows).view(B, H, T, Hd)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=KvH != H)
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """RoPE's cosines and sines for (B, T) positions, each (B, 1, T, Hd) (RoFormer, arXiv 2104.09864, eq. 34).
+
+    Angles are float32 and cast last: in bf16, positions beyond 256 would share angles.
+    """
+    inv_freq = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions[:, None, :, None].float() * inv_freq
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (B, H, T, Hd) by its positions' angles; half rotation, the layout of Hugging Face's weights."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin

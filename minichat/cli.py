@@ -1,0 +1,204 @@
+"""What the three scripts share: flags, the run folder, and one line for whatever is wrong. Imports no torch."""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from minichat.errors import BadInput
+from minichat.version import __version__
+
+BASE = Path(__file__).parent / "assets" / "base"  # the embedded default
+RUNS = {"sft": Path("runs/sft"), "dpo": Path("runs/dpo")}
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, keeps the description's lines."""
+
+    def _get_help_string(self, action):
+        # "(default: None)" says nothing: such a flag's text says what happens without it
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with files of flags, `@recipes/x.args`: shell words, # comments, as many on a line as one likes."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=_Help, fromfile_prefix_chars="@", allow_abbrev=False)
+
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        try:
+            return shlex.split(line, comments=True)
+        except ValueError as error:
+            self.error(f"in a file of flags: {error}: {line}")
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}\n  {self.prog} --help lists the flags\n")
+
+
+def model_flags(parser: Parser, default: str) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="SOURCE", help=f"Hugging Face folder, run folder or hub id ({default})")
+    group.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter in PEFT's format, merged into the model")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or hpu")
+    group.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of weights and activations (without it: float32 on the CPU, bfloat16 elsewhere)",
+    )
+    group.add_argument("--int4", action="store_true", help="quantise the weights of the linear layers as they are read")
+    group.add_argument("--bits", type=int, default=4, choices=[4, 8], help="of a quantised weight")
+    group.add_argument("--group-size", type=int, default=32, help="weights that share a scale: 32, 64 or 128")
+    group.add_argument("--asymmetric", action="store_true", help="give every group a zero-point beside its scale")
+    group.add_argument("--seed", type=int, default=42, help="of everything random; the same seed gives the same run")
+
+
+def chat_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("text")
+    group.add_argument(
+        "--template",
+        default="auto",
+        help="auto (the model's own, else neuralchat), neuralchat, neuralchat-card, zephyr, chatml, mistral-instruct, "
+        "none, or a .jinja file",
+    )
+
+
+def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_size: int, max_length: int) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="FILE", help="JSON lines (without it: sums made by minichat.assets.sums)")
+    group.add_argument("--eval-data", metavar="FILE", help="JSON lines to evaluate on")
+    group.add_argument("--format", choices=["chat", "completion", "preference", "text"], help="of the records "
+                       "(without it: recognised by their fields)")  # fmt: skip
+    group.add_argument("--max-length", type=int, default=max_length, help="tokens of a sequence, longer ones are cut")
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, default=out, help="the run folder: config.json, metrics.jsonl, loss.png, "
+                       "and the adapter or the model")  # fmt: skip
+    group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    group.add_argument("--steps", type=int, help="optimiser steps (without it: by --epochs)")
+    group.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
+    group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between logged ones")
+    group.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="steps between evaluations, "
+                       "0: at the end only")  # fmt: skip
+    group = parser.add_argument_group("optimiser (AdamW)")
+    group.add_argument("--batch-size", type=int, default=batch_size, help="sequences or pairs in a micro-batch")
+    group.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
+    group.add_argument("--lr", type=float, default=lr, help="peak learning rate")
+    group.add_argument("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="after warm-up")
+    group.add_argument("--warmup", type=float, default=warmup, help="steps, or a share of them if below 1")
+    group.add_argument("--clip", type=float, default=1.0, help="total gradient norm, 0: no clipping")
+    group.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999], metavar=("BETA1", "BETA2"), help="AdamW's")
+    group.add_argument("--eps", type=float, default=1e-8, help="AdamW's epsilon")
+    group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, matrices only")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="recompute each block's activations in "
+                       "the backward pass: less memory, a third more time")  # fmt: skip
+    group = parser.add_argument_group("what trains")
+    group.add_argument("--full", action="store_true", help="all weights instead of a LoRA adapter")
+    group.add_argument("--lora-r", type=int, default=16, help="rank")
+    group.add_argument("--lora-alpha", type=float, default=16.0, help="scale is alpha / rank")
+    group.add_argument("--lora-dropout", type=float, default=0.05, help="share of the adapter's inputs dropped")
+    group.add_argument("--lora-targets", default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+                       help="names of linears, comma-separated")  # fmt: skip
+    group.add_argument("--rslora", action="store_true", help="scale by alpha / sqrt(rank)")
+    group.add_argument("--save-dtype", choices=["float32", "bfloat16", "float16"], help="--full: of the saved weights "
+                       "(without it: as trained)")  # fmt: skip
+
+
+def check_training(args: argparse.Namespace) -> None:
+    """Raise BadInput for numbers that make no run, before anything is loaded or written."""
+    positive = ("batch_size", "accumulate", "epochs", "log_every", "max_length", "lr")
+    for name in positive:
+        if not getattr(args, name) > 0:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
+    for name in ("warmup", "clip", "weight_decay", "eval_every", "eps"):
+        if getattr(args, name) < 0:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it cannot be negative")
+    if args.steps is not None and args.steps < 1:
+        raise BadInput(f"--steps is {args.steps}; it must be 1 or more")
+    if args.full and (args.int4 or args.rslora):
+        raise BadInput("--full trains float weights: it goes with neither --int4 nor --rslora")
+    for name in ("data", "eval_data"):
+        file = getattr(args, name)
+        if file is not None and not Path(file).is_file():
+            raise BadInput(f"--{name.replace('_', '-')} {file}: no such file")
+    if args.out.exists() and not args.out.is_dir():
+        raise BadInput(f"--out {args.out} is a file; it takes a folder")
+    if (args.out / "metrics.jsonl").exists() and not args.overwrite:
+        raise BadInput(f"--out {args.out} holds a run already; choose another folder, or --overwrite")
+
+
+def default_model(*runs: str) -> Path:
+    """The last of the default runs that is there, else the embedded base."""
+    for run in runs:
+        if (RUNS[run] / "config.json").exists():
+            return RUNS[run]
+    return BASE
+
+
+def start_run(args: argparse.Namespace) -> None:
+    """Make the run folder and its config.json: every flag, the versions and the commit."""
+    import torch
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    content = {
+        "minichat": __version__,
+        "commit": _commit(),
+        "command": shlex.join(sys.argv),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()} {os.cpu_count()} CPUs",
+        "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+    }
+    (args.out / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with + where it is changed; None for an installed package."""
+    try:
+        say = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 5, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **say).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **say).stdout.strip()
+        return commit + "+" * bool(changed)
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def torch_dtype(name: str | None):
+    """The torch dtype called `name`; None for None."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def load(args: argparse.Namespace):
+    """The model and tokenizer that the flags name."""
+    from minichat import int4, weights
+
+    scheme = int4.Scheme(args.bits, args.group_size, not args.asymmetric) if args.int4 else False
+    return weights.load_model(args.model, args.device, torch_dtype(args.dtype), scheme, args.adapter)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's main: bad input and failing disks are one line and exit code 2, Ctrl-C is 130."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `infer.py … | head` ends quietly
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(_fail(str(error)))
+    except OSError as error:
+        sys.exit(_fail(f"{error.filename or 'the system'}: {error.strerror or error}"))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2

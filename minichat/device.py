@@ -1,0 +1,107 @@
+"""cpu | cuda | hpu behind a few functions: everything that differs between devices and is not a kernel.
+
+Nothing is probed when this module is imported; Gaudi's bridge is imported only when an HPU is asked for.
+"""
+
+import os
+import resource
+import sys
+
+import torch
+
+from minichat.errors import BadInput
+
+GIB = 1 << 30
+
+
+def pick(name: str | None = None) -> torch.device:
+    """The device called `name` ("cpu", "cuda", "cuda:1", "hpu"); None or "auto" takes the best one that is there.
+
+    Raises BadInput if the device is unknown or not there.
+    """
+    if name in (None, "auto"):
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        # a node of the Gaudi driver; asking the bridge itself would import it on every other machine
+        if os.path.exists("/dev/accel/accel0") and _bridge(required=False):
+            return torch.device("hpu")
+        return torch.device("cpu")
+    kind = name.split(":")[0]
+    if kind not in ("cpu", "cuda", "hpu"):
+        raise BadInput(f"device {name!r} is unknown; choose --device from auto, cpu, cuda, cuda:N, hpu")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise BadInput(f"device {name!r} is not there: torch {torch.__version__} sees no GPU; try --device cpu")
+        index = name.split(":")[1] if ":" in name else "0"
+        if not index.isdigit() or int(index) >= torch.cuda.device_count():
+            raise BadInput(f"device {name!r} is not there: {torch.cuda.device_count()} GPU(s), numbered from 0")
+    if kind == "hpu":
+        _bridge(required=True)
+    return torch.device(name)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it; float32 on the CPU, where bf16 is slower and less exact."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def mark_step(device: torch.device) -> None:
+    """End a lazy graph: after backward, after the optimiser's step, once per decoded token. Nothing elsewhere."""
+    if device.type == "hpu":
+        sys.modules["habana_frameworks.torch.core"].mark_step()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "hpu":
+        torch.hpu.synchronize()
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held at any time so far, GiB: the device's allocator, or on the CPU the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    if device.type == "hpu":
+        return torch.hpu.max_memory_allocated() / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # bytes on macOS, KiB on Linux
+
+
+def bucket(length: int, device: torch.device) -> int:
+    """The padded length for `length` tokens: a new shape is a new graph on an HPU, and costs nothing on the CPU."""
+    if device.type == "cpu":
+        return length
+    size = 128
+    while size < length:
+        size *= 2
+    return size
+
+
+def tokens_between_syncs(device: torch.device) -> int:
+    """How many tokens to decode before the host looks whether all rows are done."""
+    return 1 if device.type == "cpu" else 16
+
+
+def collective_backend(device: torch.device) -> str:
+    """torch.distributed's backend for this device: nccl, hccl or gloo."""
+    if device.type == "hpu":
+        import habana_frameworks.torch.distributed.hccl  # noqa: F401  (registers the backend)
+
+    return {"cuda": "nccl", "hpu": "hccl", "cpu": "gloo"}[device.type]
+
+
+def _bridge(required: bool) -> bool:
+    """Import Gaudi's PyTorch bridge in lazy mode; False, or BadInput if required, when no HPU is there."""
+    os.environ.setdefault("PT_HPU_LAZY_MODE", "1")  # the default changed to 0 with release 1.21
+    try:
+        import habana_frameworks.torch.core  # noqa: F401
+
+        there = torch.hpu.is_available()
+        why = "torch.hpu.is_available() is False"
+    except ImportError as error:
+        there, why = False, f"{error}"
+    if required and not there:
+        raise BadInput(f"device 'hpu' is not there: {why}; run in Gaudi's own container, or try --device cpu")
+    return there

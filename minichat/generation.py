@@ -1,0 +1,279 @@
+"""Prefill, decode, sample, stop, stream: one decode loop for every device.
+
+Its shapes are static, positions are device tensors that advance on the device, and nothing waits for the host but
+what streaming needs.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minichat import device
+from minichat.cache import KVCache
+from minichat.errors import BadInput
+from minichat.tokenizer import TextStream, Tokenizer
+
+PREFILL_CHUNK = 512  # prompt tokens at a time: bounds the memory of a long prefill
+
+
+@dataclass
+class Sampling:
+    """How a token is drawn. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
+
+    Applied in transformers' order: repetition penalty, temperature, top-k, top-p (arXiv 1904.09751),
+    min-p (arXiv 2407.01082). Raises BadInput for a number out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self):
+        rules = {
+            "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1 (off)"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 (off) to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
+        }
+        for name, (right, rule) in rules.items():
+            if not right:
+                raise BadInput(f"{name} is {getattr(self, name)}; it must be {rule}")
+
+
+def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """Draw one token per row: (B, V) logits -> (B,) int64.
+
+    seen: (B, V) bool, the tokens of prompt and answer so far, where a repetition penalty is on. Drawn as
+    argmax(logits + Gumbel noise), which is a draw from the softmax (arXiv 1411.0030) without a host round trip.
+    """
+    logits = logits.float()
+    if seen is not None:
+        penalty = sampling.repetition_penalty  # CTRL, arXiv 1909.05858, section 4.1
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    uniform = torch.rand(logits.shape, device=logits.device, generator=generator).clamp_min(1e-20)
+    return (logits - torch.log(-torch.log(uniform))).argmax(dim=-1)
+
+
+def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """(B, V) logits with -inf for the tokens that top-k, then top-p, then min-p exclude."""
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        ordered, indices = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
+        out = before >= top_p  # what is before the most likely token is 0: one is always left
+        logits = logits.masked_fill(torch.zeros_like(out).scatter(1, indices, out), -math.inf)
+    if min_p > 0:
+        probs = logits.softmax(dim=-1)
+        logits = logits.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), -math.inf)
+    return logits
+
+
+def prefill(model: nn.Module, cache: KVCache, ids: Tensor, positions: Tensor) -> Tensor:
+    """Read (B, T) prompts, padded on the left, into the cache; the last column's (B, V) logits."""
+    for start in range(0, ids.shape[1], PREFILL_CHUNK):
+        end = start + PREFILL_CHUNK
+        hidden = model.model(ids[:, start:end], positions[:, start:end], cache)
+        device.mark_step(ids.device)
+    return model.lm_head(hidden[:, -1])
+
+
+@torch.inference_mode()
+def decode(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+) -> Iterator[Tensor]:
+    """The (B,) int64 device tensor of each step's tokens, until all rows have stopped or max_new_tokens are there.
+
+    A row that has drawn one of stop_ids repeats it from then on.
+    """
+    check(model, prompts, max_new_tokens)
+    where = model.device
+    B, longest = len(prompts), max(map(len, prompts))
+    T = device.bucket(longest, where)
+    ids = torch.zeros(B, T, dtype=torch.int64)
+    positions = torch.full((B, T), -1)
+    for row, prompt in enumerate(prompts):
+        ids[row, T - len(prompt) :] = torch.tensor(prompt)
+        positions[row, T - len(prompt) :] = torch.arange(len(prompt))
+    ids, positions = ids.to(where), positions.to(where)
+    cache = KVCache(model.config, B, device.bucket(T + max_new_tokens, where), where, model.dtype)
+    position = positions[:, -1:] + 1
+    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=where)
+    done = torch.zeros(B, dtype=torch.bool, device=where)
+    generator = torch.Generator(where)
+    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            seen[row, list(prompt)] = True
+        seen = seen.to(where)
+
+    logits = prefill(model, cache, ids, positions)
+    token = torch.zeros(B, dtype=torch.int64, device=where)
+    every = device.tokens_between_syncs(where)
+    for step in range(max_new_tokens):
+        if step:
+            logits = model(token[:, None], position, cache)[:, -1]
+            position.add_(1)
+        token = torch.where(done, token, sample(logits, sampling, seen, generator))
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
+        if len(stops):
+            done = done | (token[:, None] == stops).any(dim=1)
+        device.mark_step(where)
+        yield token
+        if len(stops) and (step + 1) % every == 0 and bool(done.all()):
+            return
+
+
+def check(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise BadInput for prompts that cannot be continued."""
+    if max_new_tokens < 1:
+        raise BadInput(f"--max-new-tokens is {max_new_tokens}; it must be 1 or more")
+    context, vocab = model.config.max_position_embeddings, model.config.vocab_size
+    for prompt in prompts:
+        if not len(prompt):
+            raise BadInput("the prompt is empty; give at least one token")
+        if len(prompt) + max_new_tokens > context:
+            raise BadInput(
+                f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones pass the model's context of "
+                f"{context}; shorten the prompt or lower --max-new-tokens"
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab:
+            raise BadInput(f"a prompt has ids from {min(prompt)} to {max(prompt)}; the vocabulary ends at {vocab - 1}")
+    if not prompts:
+        raise BadInput("no prompt was given")
+
+
+def default_stops(model: nn.Module) -> tuple[int, ...]:
+    """The ids that end an answer by config.json."""
+    eos = model.config.eos_token_id
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+
+
+def cut(row: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """A row up to its first stop id, that included."""
+    end = next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))
+    return row[:end]
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    stop_ids: Sequence[int] | None = None,
+    seed: int | None = None,
+) -> list[list[int]]:
+    """Continue each prompt (a list of ids, of any lengths); the new ids of each, up to a stop id and with it.
+
+    temperature 0 is greedy. stop_ids: None is config.json's eos, () is none. Raises BadInput for an empty prompt,
+    one that passes the context, or a sampling number out of range.
+    """
+    stops = default_stops(model) if stop_ids is None else tuple(stop_ids)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    columns = list(decode(model, prompts, max_new_tokens, sampling, stops))
+    return [cut(row, stops) for row in torch.stack(columns, dim=1).tolist()]
+
+
+@dataclass
+class Answer:
+    """A generated text. finish: "stop" (a stop id or string) or "length". seconds to the first token, and in all."""
+
+    text: str
+    ids: list[int]
+    finish: str
+    prompt_tokens: int
+    first_token_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """The rate of decoding: the tokens after the first over the time after it."""
+        return (len(self.ids) - 1) / max(1e-9, self.seconds - self.first_token_seconds)
+
+
+def answer(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Answer]:
+    """Texts for prompts, streamed: on_text(row, piece) gets whole characters, never a part of a stop string."""
+    stops = tuple(tokenizer.stop_ids) if stop_ids is None else tuple(stop_ids)
+    rows = range(len(prompts))
+    streams = [TextStream(tokenizer, list(stop)) for _ in rows]
+    ids: list[list[int]] = [[] for _ in rows]
+    finish = ["length"] * len(prompts)
+    ended: list[float | None] = [None] * len(prompts)
+    start = time.perf_counter()
+    first = None
+
+    def emit(row: int, piece: str) -> None:
+        if piece and on_text:
+            on_text(row, piece)
+
+    # one step behind: the host reads a token while the device makes the next one
+    steps = decode(model, prompts, max_new_tokens, sampling, stops)
+    for tokens in (column.tolist() for column in _one_behind(steps, model.device)):
+        now = time.perf_counter() - start
+        first = now if first is None else first
+        for row in rows:
+            if ended[row] is not None:
+                continue
+            ids[row].append(tokens[row])
+            if tokens[row] in stops:
+                finish[row], ended[row] = "stop", now
+                continue
+            emit(row, streams[row].put(tokens[row]))
+            if streams[row].stopped:
+                finish[row], ended[row] = "stop", now
+        if all(end is not None for end in ended):
+            break
+    steps.close()
+    total = time.perf_counter() - start
+    for row in rows:
+        if not streams[row].stopped:
+            emit(row, streams[row].flush())
+    return [
+        Answer(streams[r].text, ids[r], finish[r], len(prompts[r]), first, total if ended[r] is None else ended[r])
+        for r in rows
+    ]
+
+
+def _one_behind(steps: Iterator[Tensor], where: torch.device) -> Iterator[Tensor]:
+    if where.type == "cpu":
+        yield from steps
+        return
+    last = None
+    for column in steps:
+        if last is not None:
+            yield last
+        last = column
+    if last is not None:
+        yield last

@@ -1,0 +1,40 @@
+"""Finds the INT4 kernels (one file per device in kernels/) and picks one for a device.
+
+The package index has a package named `kernels`, so the folder of that name is no package here: its files become
+submodules of this one, from `src` in a wheel and from the checkout's `kernels/` otherwise.
+"""
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from minichat.errors import BadInput
+
+_here = Path(__file__).parent
+_sources = _here / "src" if (_here / "src").is_dir() else _here.parents[1] / "kernels"
+__path__ = [str(_here), str(_sources)]
+
+
+def for_device(device: torch.device) -> ModuleType:
+    """The kernel module for this device (kernels/int4_reference.py says what is in it), compiled if need be.
+
+    MINICHAT_KERNEL=reference in the environment takes the reference on every device. Raises BadInput if it has
+    another value.
+    """
+    choice = os.environ.get("MINICHAT_KERNEL", "")
+    if choice not in ("", "reference"):
+        raise BadInput(f"MINICHAT_KERNEL is {choice!r}; set it to reference, or unset it to let the device decide")
+    if device.type == "cpu" and choice == "":
+        from minichat.kernels import cpu
+
+        if cpu.available():
+            return cpu
+    return named("int4_reference")
+
+
+def named(name: str) -> ModuleType:
+    """The kernel module called `name` ("int4_reference", "cpu"): the one that packed a weight must also read it."""
+    return importlib.import_module(f"minichat.kernels.{name}")

@@ -1,0 +1,354 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685), hand-written, and PEFT's files for them."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minichat.errors import BadInput
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model."  # PEFT's key is this and ours
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+class Lora:
+    """What attach() mixes into a linear's class: y = base(x) + scale * B A dropout(x).
+
+    The linear stays itself, whatever it is, so its own parameters keep their names and the adapter's are PEFT's:
+    `q_proj.weight`, `q_proj.lora_A.weight` (r, in), `q_proj.lora_B.weight` (out, r). Adapters are float32 and
+    multiply in x's dtype.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if not self.lora_on:
+            return y
+        low = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.weight.to(x.dtype))
+        return y + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.lora_scale
+
+
+def scale(r: int, alpha: float, rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732)."""
+    return alpha / math.sqrt(r) if rslora else alpha / r
+
+
+def adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that carry an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Lora)}
+
+
+def attach(
+    model: nn.Module,
+    r: int = 16,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: Sequence[str] = LINEARS,
+    rslora: bool = False,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Give every linear whose name ends in one of `targets` an adapter, and freeze everything else; the model.
+
+    A starts Kaiming-uniform (a = sqrt 5), B at zero: the model's outputs do not change. rank_pattern and
+    alpha_pattern override r and alpha for the modules whose name ends in a key, or matches it as a regular
+    expression, as in PEFT. Works over any linear: float, or Int4Linear.
+    Raises BadInput if a target matches nothing, an adapter is there already, or a number is out of range.
+    """
+    if adapted(model):
+        raise BadInput("the model has an adapter already; merge it first, or continue to train it with --resume")
+    if not 0 <= dropout < 1:
+        raise BadInput(f"--lora-dropout is {dropout}; it is a share, 0 or more and below 1")
+    linears = {n: m for n, m in model.named_modules() if hasattr(m, "in_features")}
+    for target in targets or [""]:
+        if not any(_names(target, name) for name in linears):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            raise BadInput(f"LoRA target {target!r} names no linear; choose --lora-targets from {', '.join(known)}")
+    ranks = {n: int(_overridden(rank_pattern, n, r)) for n in linears if any(_names(target, n) for target in targets)}
+    for name, rank in ranks.items():
+        if rank < 1:
+            raise BadInput(f"LoRA rank is {rank} for {name}; it must be 1 or more")
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for name, rank in ranks.items():
+        module = linears[name]
+        bound = 1 / math.sqrt(module.in_features)  # Kaiming-uniform with a = sqrt 5
+        A = torch.empty(rank, module.in_features).uniform_(-bound, bound, generator=generator)
+        B = torch.zeros(module.out_features, rank)
+        _mix_in(module, A, B, rank, float(_overridden(alpha_pattern, name, alpha)), dropout, rslora)
+    model.lora = {"r": r, "alpha": alpha, "dropout": dropout, "targets": list(targets), "rslora": rslora}
+    model.lora |= {"rank_pattern": rank_pattern or {}, "alpha_pattern": alpha_pattern or {}}
+    return model
+
+
+def _mix_in(module: nn.Module, A: Tensor, B: Tensor, r: int, alpha: float, dropout: float, rslora: bool) -> None:
+    where = next(iter([*module.parameters(), *module.buffers()])).device
+    kind = type(module)
+    module.__class__ = type(f"Lora{kind.__name__}", (Lora, kind), {})
+    module.lora_A, module.lora_B = (nn.Linear(m.shape[1], m.shape[0], bias=False, device="meta") for m in (A, B))
+    module.lora_A.weight = nn.Parameter(A.to(where, torch.float32))
+    module.lora_B.weight = nn.Parameter(B.to(where, torch.float32))
+    module.lora_scale, module.lora_dropout, module.lora_on = scale(r, alpha, rslora), dropout, True
+
+
+def _names(pattern: str, name: str) -> bool:
+    return name == pattern or name.endswith("." + pattern)
+
+
+def _overridden(patterns: dict | None, name: str, default):
+    for pattern, value in (patterns or {}).items():
+        if _names(pattern, name) or re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as if it had no adapter, until the block ends."""
+    modules = adapted(model).values()
+    if not modules:
+        raise ValueError("the model has no adapter to disable")
+    was = [module.lora_on for module in modules]
+    try:
+        for module in modules:
+            module.lora_on = False
+        yield model
+    finally:
+        for module, on in zip(modules, was):
+            module.lora_on = on
+
+
+# ---- PEFT's files ----
+
+
+class Adapter:
+    """An adapter read from a PEFT folder: per module name (A, B, scale), and what its config says.
+
+    Raises BadInput for a folder that holds no adapter, another kind than LoRA, or tensors that are off.
+    """
+
+    def __init__(self, folder: str | Path):
+        from safetensors import SafetensorError, safe_open
+
+        self.folder = Path(folder)
+        file = self.folder / WEIGHTS
+        try:
+            self.config = json.loads((self.folder / CONFIG).read_text())
+        except OSError as error:
+            raise BadInput(f"{self.folder / CONFIG}: {error.strerror}; wanted is a folder in PEFT's format") from None
+        except ValueError as error:
+            raise BadInput(f"{self.folder / CONFIG}: not JSON: {error}") from None
+        if not isinstance(self.config, dict) or self.config.get("peft_type") != "LORA":
+            raise BadInput(f"{self.folder / CONFIG}: not a LoRA adapter; minichat reads peft_type LORA")
+        for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "lora_bias", "layer_replication"):
+            if self.config.get(key):
+                raise BadInput(f"{self.folder / CONFIG}: {key} is not supported")
+        start = str(self.config.get("init_lora_weights"))
+        if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+            raise BadInput(
+                f"{self.folder / CONFIG}: init_lora_weights {start!r} is not supported: it changed the base too"
+            )
+        if not file.exists():
+            rest = "; adapter_model.bin holds pickle: save it again with safe_serialization=True"
+            bin = (self.folder / "adapter_model.bin").exists()
+            raise BadInput(f"{file}: not there{rest if bin else ''}")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                self.metadata = tensors.metadata() or {}
+                found = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{file}: not a whole safetensors file: {error}") from None
+        self.pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
+        for key in found:
+            match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+            if not match:
+                raise BadInput(f"{file}: key {key} is not of a LoRA adapter on linears")
+            name = match[1]
+            A, B = (found.get(f"{PREFIX}{name}.lora_{side}.weight") for side in "AB")
+            if A is None or B is None or A.dim() != 2 or B.dim() != 2 or not 0 < len(A) == B.shape[1]:
+                raise BadInput(f"{file}: {name} needs lora_A (r, in) and lora_B (out, r)")
+            self.pairs[name] = (A, B, self._scale(name, A.shape[0]))
+        if not self.pairs:
+            raise BadInput(f"{file}: holds no adapter weights")
+
+    def _scale(self, name: str, rank: int) -> float:
+        config = self.config
+        for key in ("rank_pattern", "alpha_pattern"):
+            try:
+                _overridden(config.get(key), name, None)
+            except (AttributeError, re.error):
+                raise BadInput(f"{self.folder / CONFIG}: {key} maps no names or expressions to numbers") from None
+        r = _overridden(config.get("rank_pattern"), name, config.get("r"))
+        if r != rank:
+            raise BadInput(f"{self.folder / WEIGHTS}: {name} has rank {rank}, but {CONFIG} says {r}")
+        alpha = _overridden(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise BadInput(f"{self.folder / CONFIG}: lora_alpha is {alpha!r} for {name}; it must be a number")
+        return scale(rank, alpha, bool(config.get("use_rslora")))
+
+    def only(self, targets: Sequence[str] | None) -> "Adapter":
+        """This adapter restricted to the modules whose name ends in one of `targets` (None: all of them)."""
+        if targets is not None:
+            for target in targets:
+                if not any(_names(target, name) for name in self.pairs):
+                    raise BadInput(f"{self.folder}: the adapter has nothing for {target!r}")
+            self.pairs = {n: pair for n, pair in self.pairs.items() if any(_names(t, n) for t in targets)}
+        return self
+
+    def delta(self, name: str, shape: torch.Size) -> Tensor | None:
+        """What merging adds to the weight of module `name`, (out, in) float32; None if the adapter leaves it alone."""
+        if name not in self.pairs:
+            return None
+        A, B, s = self.pairs[name]
+        if (B.shape[0], A.shape[1]) != tuple(shape):
+            raise BadInput(f"{self.folder}: made for {name} of shape {(B.shape[0], A.shape[1])}, not {tuple(shape)}")
+        return (B.float() @ A.float()) * s
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.folder / WEIGHTS)
+
+
+def fingerprint(file: Path) -> str:
+    """A short hash of a safetensors file: its size, its header, and the first and last 64 KiB of each of 16 parts."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        digest.update(stream.read(8 + min(size, 1 << 20)))
+        for part in range(16):
+            stream.seek(size * part // 16)
+            digest.update(stream.read(65536))
+        stream.seek(max(0, size - 65536))
+        digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def load(model: nn.Module, folder: str | Path, only: Sequence[str] | None = None, dropout: float = 0.0) -> nn.Module:
+    """Attach the adapter in `folder` (PEFT's format) to the model, unmerged; the model.
+
+    only: restrict it to these modules, as neural-chat-7b-v3-2 does with q_proj, k_proj and v_proj. The base may be
+    another than the adapter's own, if every module fits. Raises BadInput if it does not fit.
+    """
+    if adapted(model):
+        raise BadInput("the model has an adapter already; merge it before loading another")
+    adapter = folder if isinstance(folder, Adapter) else Adapter(folder)
+    adapter.only(only)
+    modules = dict(model.named_modules())
+    for name, (A, B, _) in adapter.pairs.items():
+        module = modules.get(name)
+        if module is None or not hasattr(module, "in_features"):
+            raise BadInput(f"{adapter.folder}: the adapter has weights for {name}, which this model does not have")
+        if (module.out_features, module.in_features) != (B.shape[0], A.shape[1]):
+            shape = (module.out_features, module.in_features)
+            raise BadInput(f"{adapter.folder}: made for {name} of shape {(B.shape[0], A.shape[1])}, not {shape}")
+    model.requires_grad_(False)
+    config = adapter.config
+    rslora = bool(config.get("use_rslora"))
+    # PEFT gives every module that a target names an adapter: short names only where none would be new
+    short = {name.rsplit(".", 1)[-1] for name in adapter.pairs}
+    named = {n for n, m in modules.items() if hasattr(m, "in_features") and n.rsplit(".", 1)[-1] in short}
+    for name, (A, B, s) in adapter.pairs.items():
+        r = A.shape[0]
+        _mix_in(modules[name], A, B, r, s * (math.sqrt(r) if rslora else r), dropout, rslora)
+    model.lora = {
+        "r": config["r"],
+        "alpha": config["lora_alpha"],
+        "dropout": dropout,
+        "targets": sorted(short if named == adapter.pairs.keys() else adapter.pairs),
+        "rslora": rslora,
+        "rank_pattern": config.get("rank_pattern") or {},
+        "alpha_pattern": config.get("alpha_pattern") or {},
+    }
+    return model
+
+
+def save(model: nn.Module, folder: str | Path, base: str | None = None, metadata: dict[str, str] | None = None) -> None:
+    """Write the adapter as PEFT's adapter_model.safetensors and adapter_config.json.
+
+    base: what it was trained over (base_model_name_or_path). metadata: strings for the safetensors header.
+    """
+    from safetensors.torch import save_file
+
+    modules = adapted(model)
+    if not modules:
+        raise BadInput("the model has no adapter to save")
+    tensors = {}
+    for name, module in modules.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A.weight.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B.weight.detach().cpu().contiguous()
+    lora = model.lora
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora["r"],
+        "lora_alpha": lora["alpha"],
+        "lora_dropout": lora["dropout"],
+        "target_modules": lora["targets"],
+        "use_rslora": lora["rslora"],
+        "rank_pattern": lora["rank_pattern"],
+        "alpha_pattern": lora["alpha_pattern"],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / (WEIGHTS + ".part")
+    save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
+    part.replace(folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> float:
+    """Fold the adapters into the weights, in float32 and rounded once, and remove them.
+
+    Returns the largest change that the rounding makes to any module's output, relative to its norm, on a random
+    input of unit variance. Raises BadInput over an INT4 base, whose weights cannot take a delta, and for a head that is
+    the embedding too, which would take one that is not its own.
+    """
+    modules = adapted(model)
+    if not modules:
+        raise BadInput("the model has no adapter to merge")
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear):
+            raise BadInput(f"{name} is quantised; merge the adapter into the float weights and quantise again")
+        if sum(weight is module.weight for _, weight in model.named_parameters(remove_duplicate=False)) > 1:
+            raise BadInput(
+                f"{name} shares its weight with another module, which merging would change; leave it unmerged"
+            )
+    worst = 0.0
+    for module in modules.values():
+        delta = (module.lora_B.weight @ module.lora_A.weight) * module.lora_scale
+        exact = module.weight.float() + delta
+        module.weight.copy_(exact)
+        worst = max(worst, rounding(exact, module.weight))
+    remove(model)
+    return worst
+
+
+def rounding(exact: Tensor, rounded: Tensor) -> float:
+    """How far rounding a weight (out, in) moves its output on a random probe, relative to the output."""
+    probe = torch.randn(exact.shape[1], generator=torch.Generator().manual_seed(0)).to(exact.device)
+    before = exact @ probe
+    return float((rounded.float() @ probe - before).norm() / before.norm().clamp_min(1e-30))
+
+
+def remove(model: nn.Module) -> None:
+    """Take the adapters off; the base is as it was before attach(), and still frozen."""
+    for module in adapted(model).values():
+        del module.lora_A, module.lora_B, module.lora_scale, module.lora_dropout, module.lora_on
+        module.__class__ = type(module).__mro__[2]
+    model.lora = None

@@ -1,0 +1,88 @@
+"""The losses, as pure functions of log-probabilities; and the log-probabilities, without their logits."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+KINDS = ("sigmoid", "ipo", "hinge", "robust")
+ROWS = 1024  # targets whose logits exist at a time
+
+
+def target_logps(hidden: Tensor, head: Callable[[Tensor], Tensor], index: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of each target token in nats, (N,) float32.
+
+    hidden: (B, T, D) from the decoder. index: (N,) int64, the flat position b * T + t that predicts labels[n], so the
+    one shift between inputs and targets is made where the batch is. head: hidden rows (n, D) -> logits (n, V).
+    Positions that carry no loss have no logits; those that do have them ROWS at a time, and backward computes
+    them again, so that no (N, V) tensor lives.
+    """
+    rows = hidden.flatten(0, 1).index_select(0, index)
+
+    def logps(rows: Tensor, labels: Tensor) -> Tensor:
+        return -F.cross_entropy(head(rows).float(), labels, reduction="none")
+
+    if not torch.is_grad_enabled():
+        return torch.cat([logps(r, l) for r, l in zip(rows.split(ROWS), labels.split(ROWS))])
+    parts = zip(rows.split(ROWS), labels.split(ROWS))
+    return torch.cat([checkpoint(logps, r, l, use_reentrant=False) for r, l in parts])
+
+
+def row_sums(values: Tensor, row: Tensor, rows: int) -> Tensor:
+    """Sum (N,) values by the row that each belongs to, (N,) int64 -> (rows,)."""
+    return torch.zeros(rows, device=values.device, dtype=values.dtype).index_add(0, row, values)
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float = 0.1,
+    kind: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-pair preference loss, (B,) float32, and the chosen and rejected answers' rewards, (B,) without gradient.
+
+    The arguments are log-probs of whole answers in nats, each (B,): summed over the tokens, but for "ipo" their mean.
+    The reference's carry no gradient; zeros in their place make the loss reference-free.
+
+    sigmoid: DPO (arXiv 2305.18290, eq. 7), with label_smoothing conservative DPO (cDPO, E. Mitchell 2023, eq. 3);
+    robust: the unbiased form for flipped labels (arXiv 2403.00409, eq. 7); hinge: SLiC (arXiv 2305.10425, eq. 7) on
+    the same margin; ipo: arXiv 2310.12036, eq. 17.
+    Raises ValueError as check_preference does.
+    """
+    check_preference(beta, kind, label_smoothing)
+    chosen = (policy_chosen - ref_chosen).float()
+    rejected = (policy_rejected - ref_rejected).float()
+    margin = chosen - rejected
+    right, wrong = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
+    if kind == "sigmoid":
+        losses = (1 - label_smoothing) * right + label_smoothing * wrong
+    elif kind == "robust":
+        losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+    elif kind == "hinge":
+        losses = torch.relu(1 - beta * margin)
+    else:
+        losses = (margin - 1 / (2 * beta)) ** 2
+    return losses, (beta * chosen).detach(), (beta * rejected).detach()
+
+
+def check_preference(beta: float, kind: str, label_smoothing: float) -> None:
+    """Raise ValueError if beta <= 0, kind is unknown, or label_smoothing is out of range or of no use to kind."""
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}; it must be positive")
+    if kind not in KINDS:
+        raise ValueError(f"loss {kind!r} is unknown; choose from {', '.join(KINDS)}")
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}; it is a share of flipped pairs, 0 or more, below 0.5")
+    if label_smoothing and kind in ("ipo", "hinge"):
+        raise ValueError(f"label_smoothing is for the sigmoid and robust losses, not {kind}")
+
+
+def perplexity(loss: float) -> float:
+    """exp of a mean loss in nats per token; inf rather than an overflow."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,256 @@
+"""Mistral, from its config.json: module names are Hugging Face's, so weights need no key map."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minichat.attention import View, attention, rotary, rotate
+from minichat.errors import BadInput
+
+ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")  # the same block where neither biases nor RoPE scaling are
+
+
+@dataclass
+class Config:
+    """A model's shape and constants, in the words of config.json. sliding_window None is full attention."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    sliding_window: int | None
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    architecture: str = "MistralForCausalLM"
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = None
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "Config":
+        """Read config.json as transformers 4 or 5 writes it.
+
+        Raises BadInput for another architecture, a RoPE scaling, biases, another activation or a shape that is off.
+        """
+        if not isinstance(raw, dict):
+            raise BadInput(f"config.json holds a {type(raw).__name__}, not an object")
+        architecture = (raw.get("architectures") or ["none"])[0]
+        if architecture not in ARCHITECTURES:
+            raise BadInput(f"architecture {architecture} is not supported; minichat runs {', '.join(ARCHITECTURES)}")
+        mistral = architecture == "MistralForCausalLM"
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or 4
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise BadInput(f"RoPE scaling {kind!r} is not supported; minichat runs checkpoints without one")
+        for field in ("attention_bias", "mlp_bias"):
+            if raw.get(field):
+                raise BadInput(f"{field} is true in config.json; minichat's linears have no bias")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise BadInput(f"hidden_act {raw['hidden_act']!r} is not supported; Mistral's is silu")
+
+        def size(field: str, default: int | None = None) -> int:
+            value = raw.get(field)
+            value = default if value is None else value
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise BadInput(f"{field} is {value!r} in config.json; it must be a positive integer")
+            return value
+
+        def number(field: str, value) -> float:
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+                raise BadInput(f"{field} is {value!r} in config.json; it must be a positive number")
+            return float(value)
+
+        heads = size("num_attention_heads")
+        hidden = size("hidden_size")
+        if raw.get("head_dim") is None and hidden % heads:
+            raise BadInput(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}; give head_dim")
+        # where a field is missing, the default is that of transformers' class for this architecture
+        window = raw.get("sliding_window", 4096) if mistral else None
+        config = cls(
+            vocab_size=size("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=size("intermediate_size"),
+            num_hidden_layers=size("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=size("num_key_value_heads", 8 if mistral else heads),
+            head_dim=size("head_dim", hidden // heads),
+            sliding_window=None if window is None else size("sliding_window", window),
+            max_position_embeddings=size("max_position_embeddings", 131072 if mistral else 2048),
+            rope_theta=number("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+            rms_norm_eps=number("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            initializer_range=number("initializer_range", raw.get("initializer_range", 0.02)),
+            architecture=architecture,
+            bos_token_id=raw.get("bos_token_id", 1),
+            eos_token_id=raw.get("eos_token_id", 2),
+            pad_token_id=raw.get("pad_token_id"),
+        )
+        if heads % config.num_key_value_heads:
+            raise BadInput(f"{heads} attention heads do not share {config.num_key_value_heads} key heads evenly")
+        if config.head_dim % 2:
+            raise BadInput(f"head_dim {config.head_dim} is odd; RoPE rotates pairs")
+        return config
+
+    def to_dict(self, dtype: torch.dtype) -> dict:
+        """config.json's content, in the words of transformers 4 and 5 both; dtype is that of the saved weights."""
+        raw = asdict(self)
+        architecture = raw.pop("architecture")
+        mistral = architecture == "MistralForCausalLM"
+        if not mistral:
+            raw.pop("sliding_window")
+        name = str(dtype).removeprefix("torch.")
+        return {
+            "architectures": [architecture],
+            "model_type": "mistral" if mistral else "llama",
+            **raw,
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "use_cache": True,
+            "dtype": name,
+            "torch_dtype": name,
+        }
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (arXiv 1910.07467): normalised in float32, cast to x's dtype, then multiplied."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        D, Hd = config.hidden_size, config.head_dim
+        self.layer, self.head_dim = layer, Hd
+        self.q_proj = nn.Linear(D, config.num_attention_heads * Hd, bias=False)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * Hd, bias=False)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * Hd, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * Hd, D, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, Hd)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KvH, T, Hd)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, KvH, S, Hd)
+        return self.o_proj(attention(q, k, v, view).transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202, eq. 6)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, inner, bias=False)
+        self.up_proj = nn.Linear(D, inner, bias=False)
+        self.down_proj = nn.Linear(inner, D, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, view, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Everything below the head: ids -> hidden states."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, cache=None) -> Tensor:
+        """(B, T) ids -> (B, T, D), after the last norm.
+
+        positions: (B, T) int64, -1 for padding; None is 0, 1, 2, … in every row (padding on the right does no harm:
+        no token sees what follows it). cache: a KVCache that these tokens continue; it needs positions.
+        """
+        config, window = self.config, self.config.sliding_window
+        implicit = positions is None
+        if implicit:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        if cache is not None:
+            view = View(positions, cache.advance(positions), window, ordered=False)
+        elif implicit and (window is None or ids.shape[1] <= window):
+            view = None
+        else:
+            view = View(positions, positions, window, ordered=True)
+        x = self.embed_tokens(ids)
+        cos, sin = rotary(positions, config.head_dim, config.rope_theta, x.dtype)
+        for block in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, view, cache, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, view, cache)
+        return self.norm(x)
+
+
+class Mistral(nn.Module):
+    """The language model; `model` and `lm_head` as in Hugging Face's files."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, and of all weights that are not quantised."""
+        return self.model.norm.weight.dtype
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, cache=None) -> Tensor:
+        """(B, T) ids -> (B, T, V) logits; the arguments are Decoder.forward's."""
+        return self.lm_head(self.model(ids, positions, cache))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Start from scratch: normal with config.initializer_range, the norms' weights at one."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                drawn = torch.empty(module.weight.shape).normal_(0, self.config.initializer_range, generator=generator)
+                module.weight.copy_(drawn)
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1)

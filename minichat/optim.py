@@ -1,0 +1,68 @@
+"""The learning-rate schedule and AdamW with float32 masters."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def lr_at(step: int, total: int, peak: float, schedule: str = "cosine", warmup: float = 0) -> float:
+    """The learning rate of step `step` (0, 1, …) of `total`: linear warm-up from 0, then the schedule to 0.
+
+    warmup: steps if 1 or more, a share of all steps if below 1 (rounded up). Step for step that of transformers'
+    get_*_schedule_with_warmup. Raises ValueError for an unknown schedule.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r} is unknown; choose from {', '.join(SCHEDULES)}")
+    warmup = math.ceil(warmup * total) if warmup < 1 else int(warmup)
+    if step < warmup:
+        return peak * step / warmup
+    if schedule == "constant":
+        return peak
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return peak * (1 - progress) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class AdamW:
+    """AdamW (arXiv 1711.05101) over what requires a gradient in `model`.
+
+    Weights below float32 get a float32 master that takes the updates: a bf16 weight has 8 bits, and would round most
+    of them away. Weight decay spares vectors (the norms).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        if not self.weights:
+            raise ValueError("nothing to train: no parameter requires a gradient; attach LoRA or train in full")
+        exact = torch.float32
+        self.masters = [p if p.dtype == exact else p.detach().to(exact).requires_grad_() for p in self.weights]
+        groups = [
+            {"params": [m for m in self.masters if m.dim() > 1], "weight_decay": weight_decay},
+            {"params": [m for m in self.masters if m.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps)
+
+    def step(self, lr: float, max_norm: float) -> Tensor:
+        """Clip the gradients to a total norm of max_norm (0: not), update, clear them; their norm before clipping."""
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight:
+                master.grad = None if weight.grad is None else weight.grad.float()
+                weight.grad = None
+        norm = nn.utils.clip_grad_norm_(self.masters, max_norm or math.inf)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        with torch.no_grad():
+            for weight, master in zip(self.weights, self.masters):
+                if master is not weight:
+                    weight.copy_(master)
+        self.adamw.zero_grad(set_to_none=True)
+        return norm

@@ -1,0 +1,124 @@
+"""A training run from its flags: data, adapter or all weights, the loop, the run folder."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minichat import chat, cli, data, lora, training, weights
+from minichat.assets import sums
+from minichat.errors import BadInput
+from minichat.metrics import Metrics
+from minichat.model import Mistral
+from minichat.tokenizer import Tokenizer
+
+
+def say(text: str) -> None:
+    print(f"minichat: {text}", file=sys.stderr)
+
+
+def new_model(args: argparse.Namespace) -> tuple[Mistral, Tokenizer]:
+    """Random weights of the shape that --from-config says, and the tokenizer beside it."""
+    from minichat import device
+
+    folder = Path(args.from_config)
+    if not folder.is_dir():
+        raise BadInput(f"--from-config {folder}: no such folder")
+    where = device.pick(args.device)
+    config, tokenizer = weights.read_config(folder), Tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise BadInput(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, config.json {config.vocab_size}")
+    model = Mistral(config)
+    model.init_weights(args.seed)
+    model.source = model.identity = model.scheme = None
+    return model.to(where, cli.torch_dtype(args.dtype) or device.default_dtype(where)), tokenizer
+
+
+def embedded_data(args: argparse.Namespace, kind: str, count: int) -> str:
+    """Write the embedded default's records into the run folder; the file's name."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = sums.write(kind, count, args.seed, args.out / "data.jsonl")
+    say(f"no --data: {count:,} records of sums, in {file}")
+    return str(file)
+
+
+def train(
+    args: argparse.Namespace,
+    model: Mistral,
+    tokenizer: Tokenizer,
+    method: training.Method,
+    read: Callable[[str], tuple[list, data.Report]],
+    what: str,
+) -> None:
+    """Everything after loading: the same for SFT and DPO."""
+    model.model.gradient_checkpointing = args.gradient_checkpointing
+    if args.full:
+        model.requires_grad_(True)
+    else:
+        targets = [name.strip() for name in args.lora_targets.split(",") if name.strip()]
+        lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
+    template = chat.template_text(args.template, tokenizer)
+    items, report = read(args.data)
+    say(f"{args.data}: {report}")
+    eval_items = None
+    if args.eval_data:
+        eval_items, report = read(args.eval_data)
+        say(f"{args.eval_data}: {report}")
+    settings = training.Settings(
+        steps=args.steps,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        accumulate=args.accumulate,
+        lr=args.lr,
+        schedule=args.schedule,
+        warmup=args.warmup,
+        clip=args.clip,
+        betas=tuple(args.betas),
+        eps=args.eps,
+        weight_decay=args.weight_decay,
+        seed=args.seed,
+        log_every=args.log_every,
+        eval_every=args.eval_every,
+    )
+    if args.full and what == "dpo" and not args.reference_free:
+        say("full fine-tuning: the reference's log-probs, once")
+        training.add_reference(model, method, [*items, *(eval_items or [])], settings)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = training.count_steps(items, settings)
+    say(f"{trained:,} weights train on {model.device}, {total} steps")
+    cli.start_run(args)
+    with Metrics(args.out, total, what) as metrics:
+        training.fit(model, method, items, settings, metrics, eval_items)
+    if args.full:
+        weights.save_model(model, tokenizer, args.out / "model", cli.torch_dtype(args.save_dtype), template)
+    else:
+        metadata = {"base_fingerprint": model.identity}
+        if model.scheme is not None:
+            metadata["int4"] = str(model.scheme)
+        lora.save(model, args.out / "adapter", base=model.source, metadata=metadata)
+        tokenizer.save(args.out / "adapter", chat_template=template)
+    draw(args.out)
+    say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
+
+
+def draw(folder: Path) -> None:
+    """loss.png, where matplotlib is there."""
+    try:
+        from minichat import plots
+
+        plots.draw_run(folder)
+    except ImportError:
+        say("no loss.png: it needs matplotlib, pip install 'minichat[plots]'")
+
+
+def describe(model: Mistral) -> str:
+    """One line: where it runs, how large it is."""
+    count = sum(p.numel() for p in model.parameters()) + sum(
+        m.in_features * m.out_features for m in model.modules() if hasattr(m, "group_size")
+    )
+    dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
+    quantised = f", {model.scheme}" if model.scheme else ""
+    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    return f"{count / 1e6:,.1f} M weights, {dtype}{quantised}, on {model.device}{threads}"

@@ -1,0 +1,223 @@
+"""The one training loop. A method is an objective (model, tensors -> sums) plus a batch maker."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minichat import data, device, lora, losses, optim
+from minichat.errors import BadInput
+from minichat.metrics import Metrics
+
+
+@dataclass
+class Settings:
+    """The hyper-parameters of a run, in the recipes' words. steps None: `epochs` passes over the data."""
+
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8  # sequences, or pairs, per micro-batch and device
+    accumulate: int = 1  # micro-batches per step
+    lr: float = 1e-4
+    schedule: str = "cosine"
+    warmup: float = 0.03  # steps, or a share of them if below 1
+    clip: float = 1.0  # total gradient norm; 0: no clipping
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    seed: int = 42
+    log_every: int = 10
+    eval_every: int = 0  # 0: at the end only
+
+
+@dataclass
+class Method:
+    """What makes SFT SFT and DPO DPO.
+
+    objective: (model, tensors of a micro-batch) -> sums over it, "loss" among them, each divided by the batch's
+    weight to be a mean. batch: items -> Batch. summary: adds what follows from the means (perplexity, margin).
+    """
+
+    objective: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
+    batch: Callable[[list, Callable[[int], int]], data.Batch]
+    summary: Callable[[dict[str, float]], dict[str, float]] = lambda means: means
+    logps: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None  # DPO: of each row's answer, (2B,)
+
+
+def sft() -> Method:
+    """Cross-entropy over target tokens: the mean over all of an optimiser step's, however the step is split."""
+
+    def objective(model, tensors):
+        hidden = model.model(tensors["ids"])
+        logps = losses.target_logps(hidden, model.lm_head, tensors["index"], tensors["labels"])
+        return {"loss": -(logps * tensors["weights"]).sum()}
+
+    def summary(means):
+        return {**means, "perplexity": losses.perplexity(means["loss"])}
+
+    return Method(objective, data.sft_batch, summary)
+
+
+def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, reference_free: bool = False) -> Method:
+    """Direct preference optimisation. The reference is the model with its adapters off, in the same batch;
+    for full fine-tuning its log-probs come with the batch as "reference", (2B,). Raises ValueError as dpo_loss does.
+    """
+    losses.check_preference(beta, kind, label_smoothing)
+
+    def logps(model, tensors):
+        rows = tensors["ids"].shape[0]
+        hidden = model.model(tensors["ids"])
+        each = losses.target_logps(hidden, model.lm_head, tensors["index"], tensors["labels"]) * tensors["weights"]
+        sums = losses.row_sums(each, tensors["row"], rows)
+        if kind == "ipo":  # the mean over the answer's tokens, not their sum
+            sums = sums / losses.row_sums(tensors["weights"], tensors["row"], rows)
+        return sums
+
+    def objective(model, tensors):
+        policy = logps(model, tensors)
+        if reference_free:
+            reference = torch.zeros_like(policy)
+        elif "reference" in tensors:
+            reference = tensors["reference"]
+        else:
+            # dropout off as well: the reference is the model as it was, not a sample of it
+            with torch.no_grad(), lora.disabled(model):
+                reference = logps(model, tensors)
+        (chosen, rejected), (ref_chosen, ref_rejected) = policy.chunk(2), reference.chunk(2)
+        each, good, bad = losses.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind, label_smoothing)
+        return {
+            "loss": each.sum(),
+            "accuracy": (good > bad).sum(),
+            "margin": (good - bad).sum(),
+            "chosen_reward": good.sum(),
+            "rejected_reward": bad.sum(),
+        }
+
+    return Method(objective, data.dpo_batch, logps=logps)
+
+
+@torch.no_grad()
+def add_reference(model: nn.Module, method: Method, pairs: list[data.Pair], settings: Settings) -> None:
+    """Give every pair the log-probs of its answers under the model as it is now."""
+    where = model.device
+    for indices in data.order([len(pair) for pair in pairs], settings.batch_size, 0, 0):
+        chosen = [pairs[i] for i in indices]
+        batch = method.batch(chosen, lambda n: device.bucket(n, where))
+        sums = method.logps(model, on(where, batch.tensors))
+        for pair, good, bad in zip(chosen, *(half.tolist() for half in sums.chunk(2))):
+            pair.reference = good, bad
+
+
+def fit(
+    model: nn.Module,
+    method: Method,
+    items: list,
+    settings: Settings,
+    metrics: Metrics,
+    eval_items: list | None = None,
+) -> dict[str, float]:
+    """Train what requires a gradient; the last logged numbers.
+
+    Every step's gradient is that of the mean over all of its targets, whatever batch_size and accumulate are.
+    Raises BadInput when the loss is no longer a number, naming the records of that step; nothing is saved then.
+    """
+    where = model.device
+    total = count_steps(items, settings)
+    optimizer = optim.AdamW(model, settings.betas, settings.eps, settings.weight_decay)
+    torch.manual_seed(settings.seed)
+    model.train()
+    pending: list[tuple[int, dict[str, Tensor], int, list[str]]] = []  # steps whose numbers nobody has read yet
+    tokens, seconds, last = 0, 0.0, {}
+    logged_tokens = 0
+    start = time.perf_counter()
+    for step, batches in zip(range(total), steps(items, settings, method, where)):
+        weight = sum(batch.weight for batch in batches)
+        lr = optim.lr_at(step, total, settings.lr, settings.schedule, settings.warmup)
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            found = method.objective(model, on(where, batch.tensors))
+            (found["loss"] / weight).backward()
+            for key, value in found.items():
+                sums[key] = sums.get(key, 0) + value.detach()
+            device.mark_step(where)
+        sums["grad_norm"] = optimizer.step(lr, settings.clip) * weight
+        device.mark_step(where)
+        tokens += sum(batch.tokens for batch in batches)
+        pending.append((step + 1, sums, weight, [name for batch in batches for name in batch.where]))
+
+        done = step + 1
+        evaluates = bool(eval_items) and (done == total or (settings.eval_every and done % settings.eval_every == 0))
+        if done % settings.log_every and done not in (1, total) and not evaluates:
+            continue
+        means = _read(pending)
+        pending.clear()
+        now = time.perf_counter()
+        rate = (tokens - logged_tokens) / (now - start)
+        seconds += now - start
+        last = {"step": done, **method.summary(means), "lr": lr, "tokens": tokens, "tokens_per_s": round(rate, 1)}
+        if evaluates:
+            scores = evaluate(model, method, eval_items, settings)
+            last |= {f"eval_{key}": value for key, value in scores.items()}
+        metrics.write(last)
+        start, logged_tokens = time.perf_counter(), tokens
+    model.eval()
+    return last
+
+
+def _read(pending: list) -> dict[str, float]:
+    """The means of the newest step; reading them is the host's one synchronisation with the device."""
+    for step, sums, _, names in pending:
+        if not math.isfinite(float(sums["loss"])) or not math.isfinite(float(sums["grad_norm"])):
+            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise BadInput(
+                f"the loss or its gradient is not finite at step {step} (loss {float(sums['loss'])}); "
+                f"its records: {shown}; nothing was saved; try a lower --lr"
+            )
+    _, sums, weight, _ = pending[-1]
+    return {key: float(value) / weight for key, value in sums.items()}
+
+
+def steps(items: list, settings: Settings, method: Method, where: torch.device) -> Iterator[list[data.Batch]]:
+    """The micro-batches of one optimiser step after another, epoch after epoch, without end."""
+    lengths = [len(item) for item in items]
+    epoch = 0
+    while True:
+        batches = data.order(lengths, settings.batch_size, settings.seed, epoch)
+        for i in range(0, len(batches), settings.accumulate):
+            chosen = batches[i : i + settings.accumulate]
+            yield [method.batch([items[j] for j in batch], lambda n: device.bucket(n, where)) for batch in chosen]
+        epoch += 1
+
+
+def count_steps(items: list, settings: Settings) -> int:
+    """How many optimiser steps a run takes."""
+    if settings.steps:
+        return settings.steps
+    per_epoch = math.ceil(math.ceil(len(items) / settings.batch_size) / settings.accumulate)
+    return max(1, round(per_epoch * settings.epochs))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, method: Method, items: list, settings: Settings) -> dict[str, float]:
+    """The method's means over all items, with dropout off."""
+    where = model.device
+    was_training = model.training
+    model.eval()
+    sums: dict[str, Any] = {}
+    weight = 0
+    for indices in data.order([len(item) for item in items], settings.batch_size, 0, 0):
+        batch = method.batch([items[j] for j in indices], lambda n: device.bucket(n, where))
+        for key, value in method.objective(model, on(where, batch.tensors)).items():
+            sums[key] = sums.get(key, 0) + value
+        weight += batch.weight
+        device.mark_step(where)
+    model.train(was_training)
+    return method.summary({key: float(value) / weight for key, value in sums.items()})
+
+
+def on(where: torch.device, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.to(where, non_blocking=True) for key, value in tensors.items()}

@@ -1,0 +1,380 @@
+"""Hugging Face folders <-> models: config.json and safetensors, read a tensor at a time straight to the device."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minichat import device as devices
+from minichat import int4 as quant
+from minichat.errors import BadInput
+from minichat.lora import CONFIG, WEIGHTS, Adapter, adapted, fingerprint, load, rounding
+from minichat.model import Config, Mistral
+from minichat.tokenizer import Tokenizer
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000
+TO_SAFETENSORS = (
+    'python -c "import torch; from safetensors.torch import save_file; '
+    "save_file({k: v.contiguous() for k, v in torch.load('FILE', weights_only=True).items()}, 'model.safetensors')\""
+)
+
+
+# ---- where a model lies ----
+
+
+def resolve(source: str | Path) -> Path:
+    """The local folder of a model: `source` itself, a run folder's model/ or adapter/, or a hub id's snapshot.
+
+    A hub id is owner/name or owner/name@revision; the token comes from the environment (HF_TOKEN), and what is in
+    the hub's cache works offline. Raises BadInput if there is no such model.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        for inner in (folder, folder / "model", folder / "adapter"):
+            if (inner / CONFIG).exists() or _describes_model(inner / "config.json"):
+                return inner
+        raise BadInput(f"{folder}: holds neither config.json of a model nor {CONFIG} of an adapter")
+    if folder.exists():
+        raise BadInput(f"{folder} is a file; --model takes a folder in Hugging Face format, or a hub id")
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
+    if not match or str(source).startswith("."):
+        raise BadInput(f"{source}: no such folder, and not a hub id (owner/name or owner/name@revision)")
+    return _download(match[1], match[2])
+
+
+def _describes_model(config: Path) -> bool:
+    """A run folder has a config.json too: that of its flags."""
+    try:
+        raw = json.loads(config.read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True  # let the reader say what is wrong with it
+    return not (isinstance(raw, dict) and "minichat" in raw)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns="consolidated*"))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(f"{repo}: no such folder here, and the hub gave none: {why}") from None
+
+
+def chain(source: str | Path) -> tuple[Path, list[Adapter]]:
+    """The base folder of `source`, and the adapters over it in the order of merging: an adapter folder is a model.
+
+    Raises BadInput if a base is missing, or is another than the adapter was trained over.
+    """
+    folder, adapters = resolve(source), []
+    while (folder / CONFIG).exists():
+        adapter = Adapter(folder)
+        adapters.insert(0, adapter)
+        if len(adapters) > 16:
+            raise BadInput(f"{source}: adapters over adapters without end")
+        base = adapter.config.get("base_model_name_or_path")
+        if not base:
+            raise BadInput(f"{folder / CONFIG}: names no base; give it: --model BASE --adapter {folder}")
+        try:
+            below = resolve(base)
+        except BadInput as error:
+            raise BadInput(f"the base of {folder}: {error}; give it: --model BASE --adapter {folder}") from None
+        check_base(adapter, below)
+        folder = below
+    return folder, adapters
+
+
+def check_base(adapter: Adapter, base: Path) -> None:
+    """Raise BadInput if the adapter says that it was trained over other weights than `base` holds now."""
+    trained_over = adapter.metadata.get("base_fingerprint")
+    if trained_over and trained_over != identity(base):
+        raise BadInput(
+            f"{adapter.folder} was trained over other weights than {base} holds now; train it again, "
+            f"or apply it knowingly: --model {base} --adapter {adapter.folder}"
+        )
+
+
+def identity(folder: Path) -> str:
+    """A short hash that tells one set of weights from another: of an adapter, or of a model's first shard."""
+    if (folder / CONFIG).exists():
+        return fingerprint(folder / WEIGHTS)
+    shards = Shards(folder)
+    return fingerprint(folder / min(shards.files.values()))
+
+
+# ---- reading ----
+
+
+class Shards:
+    """The tensors of a model folder, by name. Raises BadInput for what cannot be read, naming file and tensor."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if (folder / INDEX).exists():
+            index = read_json(folder / INDEX)
+            self.files = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(self.files, dict) or not all(isinstance(f, str) for f in self.files.values()):
+                raise BadInput(f"{folder / INDEX}: holds no weight_map")
+            for name in sorted(set(self.files.values())):
+                if Path(name).name != name or not name.endswith(".safetensors"):
+                    raise BadInput(f"{folder / INDEX}: {name!r} is not the name of a safetensors file beside it")
+                if not (folder / name).exists():
+                    raise BadInput(f"{folder / name}: not there, but {INDEX} lists it; download it again")
+            return
+        file = folder / "model.safetensors"
+        if not file.exists():
+            pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+            if pickles:
+                how = TO_SAFETENSORS.replace("FILE", pickles[0].name)
+                raise BadInput(
+                    f"{pickles[0]}: pickle can run code; convert it where you trust it: {how}"
+                )
+            raise BadInput(f"{folder}: holds neither model.safetensors nor {INDEX}")
+        with self._open(file) as tensors:
+            self.files = dict.fromkeys(tensors.keys(), file.name)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, memory-mapped. The file is opened for it alone, so that its pages go when it goes."""
+        file = self.folder / self.files[name]
+        with self._open(file) as tensors:
+            try:
+                return tensors.get_tensor(name)
+            except Exception as error:
+                raise BadInput(f"{file}: tensor {name} cannot be read: {error}") from None
+
+    def _open(self, file: Path):
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{file}: not a whole safetensors file: {error}; download it again") from None
+
+
+def read_json(file: Path):
+    """The content of a JSON file; BadInput naming it if it is missing or broken."""
+    try:
+        return json.loads(file.read_text())
+    except OSError as error:
+        raise BadInput(f"{file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{file}: not JSON: {error}") from None
+
+
+def read_config(folder: Path) -> Config:
+    """config.json as a Config; BadInput names the file."""
+    try:
+        return Config.from_dict(read_json(folder / "config.json"))
+    except BadInput as error:
+        raise BadInput(f"{folder}: {error}") from None
+
+
+def load_model(
+    source: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    int4: bool | quant.Scheme = False,
+    adapter: str | Path | None = None,
+) -> tuple[Mistral, Tokenizer]:
+    """A model and its tokenizer from a folder in Hugging Face format, an adapter or run folder, or a hub id.
+
+    device: None is the best there is. dtype of what is not quantised: None is bf16 on CUDA and HPU, fp32 on the CPU.
+    int4: quantise the decoder's linears as they are read (True: the default Scheme). A folder that is quantised
+    already loads as it is. Adapters are merged tensor by tensor, in float32 and rounded once; one that was trained
+    over the same INT4 base stays beside it. adapter: one more, over whatever `source` is.
+    Host memory peaks at the model plus one tensor. Raises BadInput.
+    """
+    where = device if isinstance(device, torch.device) else devices.pick(device)
+    dtype = dtype or devices.default_dtype(where)
+    folder, adapters = chain(source)
+    if adapter is not None:
+        adapters.append(Adapter(resolve(adapter)))
+    config = read_config(folder)
+    packed = quant.parse_quantization_config(read_json(folder / "config.json").get("quantization_config"))
+    if packed and int4 not in (False, True) and int4 != packed:
+        raise BadInput(f"{folder} is quantised already, as {packed}; it cannot be loaded as {int4}")
+    scheme = packed or (quant.Scheme() if int4 is True else int4 or None)
+    unmerged = _trained_over_int4(adapters, scheme)
+    if packed and len(adapters) > len(unmerged):
+        raise BadInput(f"{folder} is quantised: the adapter {adapters[0].folder} cannot be merged into it")
+
+    with torch.device("meta"):
+        model = Mistral(config)
+    model.scheme = scheme
+    merged = [a for a in adapters if a not in unmerged]
+    _fill(model, Shards(folder), where, dtype, packed, scheme, merged)
+    for extra in unmerged:
+        load(model, extra)
+    model.source = str(resolve(source).resolve()) if Path(source).expanduser().is_dir() else str(source)
+    model.identity = identity(resolve(source))
+    tuned = [a.folder for a in reversed(adapters) if (a.folder / "tokenizer.json").exists()]
+    return model.eval(), Tokenizer(tuned[0] if tuned else folder)
+
+
+def _trained_over_int4(adapters: list[Adapter], scheme) -> list[Adapter]:
+    """The last adapter, if it was trained over exactly this INT4 base: then it is used beside it, unmerged."""
+    for adapter in adapters:
+        over = adapter.metadata.get("int4")
+        if over and scheme is not None and over == str(scheme) and adapter is adapters[-1]:
+            return [adapter]
+        if over:
+            now = "float weights" if scheme is None else f"INT4 weights of {scheme}"
+            print(
+                f"minichat: {adapter.folder} was trained over INT4 weights ({over}) and is merged into {now}: "
+                "expect a small loss; --int4 with the same options uses it as trained",
+                file=sys.stderr,
+            )
+    return []
+
+
+@torch.no_grad()
+def _fill(model: Mistral, shards: Shards, where, dtype, packed, scheme, adapters: list[Adapter]) -> None:
+    """Read every tensor of the model, each cast and placed once."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if scheme is not None:
+        quant.check(linears, scheme)
+    names = list(model.state_dict(keep_vars=True))
+    tied = model.config.tie_word_embeddings
+    left = {n for n in shards.files if not n.endswith("rotary_emb.inv_freq")}  # a buffer of old Llama checkpoints
+    if tied:
+        names.remove("lm_head.weight")
+        left.discard("lm_head.weight")
+    for adapter in adapters:
+        for name in adapter.pairs:
+            if name not in linears:
+                raise BadInput(f"{adapter.folder}: has weights for {name}, which {shards.folder} does not have")
+    worst = 0.0
+    names.sort(key=lambda name: shards.files.get(name, ""))  # shard after shard, in the model's order within one
+    for name in names:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(owner_name)
+        if packed and owner_name in linears and f"{owner_name}.weight_packed" in shards.files:
+            keys = [k for k in quant.KEYS if f"{owner_name}.{k}" in shards.files]
+            tensors = {key: shards.read(f"{owner_name}.{key}") for key in keys}
+            left -= {f"{owner_name}.{key}" for key in keys}
+            _put(model, owner_name, quant.from_tensors(tensors, (owner.out_features, owner.in_features), packed, where))
+            continue
+        if name not in left:
+            missing = [n for n in names if n not in shards.files]
+            rest = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise BadInput(f"{shards.folder}: tensor {name} is missing{rest}")
+        left.discard(name)
+        tensor = shards.read(name)
+        file = shards.folder / shards.files[name]
+        shape = getattr(owner, leaf).shape
+        if tensor.shape != shape:
+            raise BadInput(f"{file}: tensor {name} has shape {tuple(tensor.shape)}; config.json wants {tuple(shape)}")
+        if not tensor.is_floating_point():
+            raise BadInput(f"{file}: tensor {name} is {tensor.dtype}; wanted are floats")
+        quantises = scheme is not None and not packed and quant.wanted(owner_name, owner, scheme)
+        deltas = [d for a in adapters if (d := a.delta(owner_name, shape)) is not None]
+        if deltas:
+            exact = tensor.float() + sum(deltas)
+            tensor = exact if quantises else exact.to(dtype)
+            worst = max(worst, rounding(exact, tensor))
+        if quantises:
+            _put(model, owner_name, quant.Int4Linear.from_weight(tensor, scheme, where))
+        else:
+            setattr(owner, leaf, nn.Parameter(tensor.to(where, dtype), requires_grad=tensor.is_floating_point()))
+    if left:
+        name = min(left)
+        rest = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        raise BadInput(f"{shards.folder / shards.files[name]}: tensor {name} is not one of this architecture's{rest}")
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for adapter in adapters:
+        print(f"minichat: merged {adapter.folder}; rounding moves outputs by at most {worst:.1e}", file=sys.stderr)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+# ---- writing ----
+
+
+def save_model(
+    model: Mistral,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    template: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers opens: shards, index, config.json, generation_config.json, tokenizer files.
+
+    dtype: of the float weights on disk, None is what they are. template: the chat template to write as the model's
+    own (Jinja). INT4 linears are written in compressed-tensors' pack-quantized format. Each file appears whole or
+    not at all. Raises BadInput if an adapter is attached and not merged.
+    """
+    from safetensors.torch import save_file
+
+    if adapted(model):
+        raise BadInput("the model has an unmerged adapter: lora.merge(model) first, or lora.save(model, folder)")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = [[]]
+    size = 0
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in _tensors(model, dtype, meta=True)}
+    for name, count in sizes.items():
+        if shards[-1] and size + count > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += count
+    files: dict[str, str] = {}
+    stream = _tensors(model, dtype)
+    for i, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        part = folder / (file + ".part")
+        save_file(dict(next(stream) for _ in names), part, metadata={"format": "pt"})
+        part.replace(folder / file)
+        files |= dict.fromkeys(names, file)
+    for old in folder.glob("model*.safetensors"):
+        if old.name not in files.values():
+            old.unlink()
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
+        write_json(folder / INDEX, index)
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    config = model.config.to_dict(dtype or model.dtype)
+    if any(isinstance(m, quant.Int4Linear) for m in model.modules()):
+        config["quantization_config"] = quant.quantization_config(model.scheme)
+    write_json(folder / "config.json", config)
+    ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids["eos_token_id"] = list(tokenizer.stop_ids) if len(tokenizer.stop_ids) > 1 else ids["eos_token_id"]
+    write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+    tokenizer.save(folder, chat_template=template)
+
+
+def _tensors(model: Mistral, dtype: torch.dtype | None, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor on the CPU) of everything on disk, in the model's order; on the meta device, shapes alone."""
+    for name, module in model.named_modules():
+        if isinstance(module, quant.Int4Linear):
+            for key, tensor in quant.tensors_of(module).items():
+                yield f"{name}.{key}", tensor.to("meta" if meta else "cpu")
+            continue
+        for leaf, weight in module.named_parameters(recurse=False):
+            if name == "lm_head" and model.config.tie_word_embeddings:
+                continue
+            weight = weight.detach()
+            weight = torch.empty_like(weight, device="meta", dtype=dtype) if meta else weight.to("cpu", dtype)
+            yield f"{name}.{leaf}", weight.contiguous()
+
+
+def write_json(file: Path, content) -> None:
+    """Write a JSON file whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(file)

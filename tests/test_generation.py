@@ -1,0 +1,174 @@
+"""Sampling against transformers' processors; stopping, batching, streaming."""
+
+import math
+
+import pytest
+import torch
+from helpers import make
+
+from minichat.cli import BASE
+from minichat.errors import BadInput
+from minichat.generation import Sampling, answer, generate, restrict, sample
+from minichat.tokenizer import Tokenizer
+
+
+def logits(seed=0, rows=3, vocab=50) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p", [(5, 1, 0), (0, 0.7, 0), (0, 1, 0.2), (20, 0.9, 0.05), (1, 1, 0), (0, 0.01, 0)]
+)
+def test_restrict_is_transformers_warpers(top_k, top_p, min_p):
+    process = pytest.importorskip("transformers.generation.logits_process")
+    expected = logits()
+    if top_k:
+        expected = process.TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = process.TopPLogitsWarper(top_p)(None, expected)
+    if min_p:
+        expected = process.MinPLogitsWarper(min_p)(None, expected)
+    assert torch.equal(restrict(logits(), top_k, top_p, min_p), expected)
+
+
+def test_repetition_penalty_is_transformers():
+    process = pytest.importorskip("transformers.generation.logits_process")
+    ids = torch.randint(0, 50, (3, 8))
+    expected = process.RepetitionPenaltyLogitsProcessor(1.7)(ids, logits()).argmax(-1)
+    seen = torch.zeros(3, 50, dtype=torch.bool).scatter(1, ids, True)
+    assert torch.equal(sample(logits(), Sampling(repetition_penalty=1.7), seen, None), expected)
+
+
+def test_generate_with_penalty_is_transformers():
+    from helpers import theirs
+
+    model = make()
+    ids = torch.tensor([[5, 6, 7]])
+    kwargs = dict(do_sample=False, max_new_tokens=40, repetition_penalty=1.3, eos_token_id=None, pad_token_id=0)
+    expected = theirs(model).generate(ids, **kwargs)[0, 3:].tolist()
+    assert generate(model, [[5, 6, 7]], 40, repetition_penalty=1.3, stop_ids=()) == [expected]
+
+
+def test_draws_follow_the_softmax():
+    """Frequencies of 20,000 draws against the probabilities, within five standard deviations."""
+    row = logits(rows=1, vocab=8)
+    sampling = Sampling(temperature=0.8, top_k=5)
+    probs = restrict(row / 0.8, 5).softmax(-1)[0]
+    generator = torch.Generator().manual_seed(0)
+    draws = sample(row.expand(20000, -1), sampling, None, generator)
+    counts = torch.bincount(draws, minlength=8) / 20000
+    assert ((counts - probs).abs() <= 5 * (probs * (1 - probs) / 20000).sqrt()).all()
+    assert (counts[probs == 0] == 0).all()
+
+
+def test_the_seed_gives_the_same_draw():
+    model = make()
+    draw = dict(max_new_tokens=20, temperature=1.0, stop_ids=())
+    rows = [generate(model, [[1, 2]], seed=seed, **draw) for seed in (1, 1, 2)]
+    assert rows[0] == rows[1] != rows[2]
+    assert generate(model, [[1, 2]], **draw) != generate(model, [[1, 2]], **draw)  # no seed: another draw each time
+
+
+def test_temperature_goes_to_greedy():
+    model = make()
+    greedy = generate(model, [[3, 4]], 15, stop_ids=())
+    assert generate(model, [[3, 4]], 15, temperature=1e-4, stop_ids=(), seed=0) == greedy
+    assert generate(model, [[3, 4]], 15, temperature=1.0, top_k=1, stop_ids=(), seed=0) == greedy
+
+
+def test_rows_stop_by_themselves():
+    model = make()
+    prompts = [[1, 2, 3], [4], [9, 8, 7, 6]]
+    free = generate(model, prompts, 30, stop_ids=())
+    stop = free[0][4]
+    stopped = generate(model, prompts, 30, stop_ids=[stop])
+    for long, short in zip(free, stopped):
+        end = long.index(stop) + 1 if stop in long else 30
+        assert short == long[:end]
+
+
+def test_config_eos_is_the_default_stop():
+    model = make()
+    free = generate(model, [[1, 2]], 30, stop_ids=())[0]
+    model.config.eos_token_id = free[3]
+    assert generate(model, [[1, 2]], 30)[0] == free[: free.index(free[3]) + 1]
+    model.config.eos_token_id = [96, free[2]]
+    assert generate(model, [[1, 2]], 30)[0] == free[: min(free.index(i) for i in (96, free[2]) if i in free) + 1]
+
+
+BAD = {
+    "empty": ([[]], 5, {}),
+    "none": ([], 5, {}),
+    "too long": ([[1] * 4090], 10, {}),
+    "no tokens": ([[1]], 0, {}),
+    "beyond the vocabulary": ([[97]], 5, {}),
+    "negative id": ([[-1]], 5, {}),
+    "temperature": ([[1]], 5, {"temperature": -1}),
+    "nan": ([[1]], 5, {"temperature": math.nan}),
+    "top_p": ([[1]], 5, {"top_p": 0}),
+    "top_k": ([[1]], 5, {"top_k": -2}),
+    "min_p": ([[1]], 5, {"min_p": 1.5}),
+    "penalty": ([[1]], 5, {"repetition_penalty": 0}),
+}
+
+
+@pytest.mark.parametrize("prompts, new, flags", BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(prompts, new, flags):
+    with pytest.raises(BadInput) as error:
+        generate(make(), prompts, new, **flags)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def talker():
+    """A random model over the shipped tokenizer: it speaks in bytes and pieces of words."""
+    tokenizer = Tokenizer(BASE)
+    return make(vocab_size=tokenizer.vocab_size, sliding_window=64), tokenizer
+
+
+def test_streamed_pieces_are_the_answers(talker):
+    model, tokenizer = talker
+    prompts = [tokenizer.encode(text) for text in ("calculate 1 + 2", "What", "é")]
+    pieces = ["", "", ""]
+
+    def on_text(row, piece):
+        pieces[row] += piece
+
+    answers = answer(model, tokenizer, prompts, 60, Sampling(temperature=1.5, seed=3), on_text=on_text)
+    for piece, found in zip(pieces, answers):
+        assert piece == found.text == tokenizer.decode(found.ids)
+        assert found.finish == ("stop" if found.ids[-1] in tokenizer.stop_ids else "length")
+
+
+def test_stop_strings_end_a_row_before_them(talker):
+    model, tokenizer = talker
+    prompts = [tokenizer.encode(text) for text in ("calculate", "add")]
+    free = answer(model, tokenizer, prompts, 60, Sampling(), stop_ids=())
+    text = free[0].text
+    stop = text[len(text) // 2 : len(text) // 2 + 4]
+    for found, whole in zip(answer(model, tokenizer, prompts, 60, Sampling(), stop=[stop], stop_ids=()), free):
+        assert found.text == whole.text.split(stop)[0]
+        assert found.finish == ("stop" if stop in whole.text else "length")
+        assert whole.ids[: len(found.ids)] == found.ids
+
+
+def test_answers_are_generates(talker):
+    model, tokenizer = talker
+    prompts = [tokenizer.encode("calculate 4"), tokenizer.encode("sum of 3 and 4")]
+    rows = generate(model, prompts, 25, stop_ids=tokenizer.stop_ids)
+    assert [a.ids for a in answer(model, tokenizer, prompts, 25, Sampling())] == rows
+
+
+def test_no_host_synchronisation_between_reads(monkeypatch):
+    """The loop asks the device for a value only to see whether all rows are done, as often as the device says."""
+    from minichat import device
+
+    reads = []
+    monkeypatch.setattr(device, "tokens_between_syncs", lambda where: 8)
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, plain=plain: (reads.append(1), plain(self, *a))[1])
+    from minichat.generation import decode
+
+    steps = list(decode(make(), [[1, 2], [3]], 32, Sampling(temperature=1.0, seed=0), stop_ids=[96]))
+    assert len(reads) <= 32 // 8 and len(steps) >= 8

@@ -1,0 +1,227 @@
+"""The model against transformers', and attention and cache against the definition of the window."""
+
+import pytest
+import torch
+from helpers import make, theirs
+
+from minichat.attention import QUERY_BLOCK, View, attention, visible
+from minichat.cache import KVCache
+from minichat.errors import BadInput
+from minichat.generation import generate, prefill
+from minichat.model import Config
+
+CONFIGS = {
+    "window below T": {},
+    "window above T": {"sliding_window": 64},
+    "no window": {"sliding_window": None},
+    "window 2": {"sliding_window": 2},
+    "one key head": {"num_key_value_heads": 1},
+    "no GQA": {"num_key_value_heads": 4},
+    "tied head": {"tie_word_embeddings": True},
+    "head_dim given": {"head_dim": 20},
+    "theta 1e6": {"rope_theta": 1e6},
+    "llama": {"architecture": "LlamaForCausalLM", "sliding_window": None},
+}
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+@torch.no_grad()
+def test_logits_and_greedy_tokens_are_transformers(changes):
+    model = make(**changes)
+    other = theirs(model)
+    ids = torch.randint(0, 97, (2, 33), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(ids), other(ids).logits, rtol=0, atol=1e-4)
+    # 200 steps: 25 turns of the window of 8
+    expected = other.generate(ids[:1], do_sample=False, max_new_tokens=200, eos_token_id=None, pad_token_id=0)
+    assert generate(model, [ids[0].tolist()], 200, stop_ids=()) == [expected[0, 33:].tolist()]
+
+
+def test_loss_and_gradients_are_transformers():
+    model = make()
+    other = theirs(model)
+    ids = torch.randint(0, 97, (3, 21))
+    torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    other(ids, labels=ids).loss.backward()
+    expected = dict(other.named_parameters())
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, expected[name].grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 600])
+@pytest.mark.parametrize("T", [7, 2 * QUERY_BLOCK + 3])
+def test_attention_sees_exactly_the_window(T, window):
+    """Against softmax over an explicit list of visible keys."""
+    q, k, v = (torch.randn(1, heads, T, 4) for heads in (4, 2, 2))
+    pos = torch.arange(T)[None]
+    found = attention(q, k, v, View(pos, pos, window, ordered=True))
+    for i in {0, 1, 4, 5, T // 2, T - 1}:
+        first = 0 if window is None else max(0, i - window + 1)
+        for head in range(4):
+            keys, values = k[0, head // 2, first : i + 1], v[0, head // 2, first : i + 1]
+            expected = torch.softmax(keys @ q[0, head, i] / 2, dim=0) @ values
+            torch.testing.assert_close(found[0, head, i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_window_counts_the_query_itself():
+    pos = torch.arange(10)[None]
+    assert visible(pos, pos, 3)[0, 0].sum(-1).tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("window, slots", [(8, 100), (None, 64), (8, 3), (5, 5)])
+@torch.no_grad()
+def test_chunked_prefill_is_the_full_forward(window, slots):
+    """Every way to cut 40 tokens, also into chunks longer than the window and the ring."""
+    model = make(sliding_window=window if slots != 3 else 3)
+    ids = torch.randint(0, 97, (2, 40))
+    full = model(ids)
+    for cuts in ([1] * 40, [40], [13, 27], [9, 1, 1, 20, 9], [8, 8, 8, 16], [39, 1]):
+        cache = KVCache(model.config, 2, slots, ids.device, torch.float32)
+        start = 0
+        for length in cuts:
+            positions = torch.arange(start, start + length).expand(2, -1)
+            found = model(ids[:, start : start + length], positions, cache)
+            torch.testing.assert_close(found, full[:, start : start + length], rtol=0, atol=1e-4)
+            start += length
+
+
+@torch.no_grad()
+def test_decode_is_a_new_prefill_at_every_position():
+    """Past several turns of the ring, for a batch of different lengths."""
+    model = make(sliding_window=6)
+    prompts = [[5, 6, 7], [11, 12, 13, 14, 15, 16, 17, 18, 19], [3]]
+    rows = generate(model, prompts, 30, stop_ids=())
+    for prompt, row in zip(prompts, rows):
+        for step in (0, 1, 5, 6, 12, 29):
+            logits = model(torch.tensor([prompt + row[:step]]))[0, -1]
+            assert logits.argmax() == row[step]
+
+
+@torch.no_grad()
+def test_a_batch_is_its_rows_whatever_the_padding():
+    model = make()
+    prompts = [list(range(1, n)) for n in (2, 5, 14, 30, 31)]
+    alone = [generate(model, [prompt], 25, stop_ids=())[0] for prompt in prompts]
+    assert generate(model, prompts, 25, stop_ids=()) == alone
+
+
+@torch.no_grad()
+def test_padding_on_either_side_does_not_reach_a_token():
+    model = make()
+    ids = torch.randint(0, 97, (1, 12))
+    expected = model(ids)
+    right = model(torch.cat([ids, torch.full((1, 5), 96)], dim=1))[:, :12]
+    torch.testing.assert_close(right, expected, rtol=0, atol=1e-5)
+    positions = torch.cat([torch.full((1, 5), -1), torch.arange(12)[None]], dim=1)
+    left = model(torch.cat([torch.full((1, 5), 96), ids], dim=1), positions)[:, 5:]
+    torch.testing.assert_close(left, expected, rtol=0, atol=1e-4)
+    assert not model(torch.full((1, 5), 96), torch.full((1, 5), -1)).isnan().any()
+
+
+@torch.no_grad()
+def test_prefill_gives_the_last_columns_logits():
+    model = make(sliding_window=100)
+    ids = torch.randint(0, 97, (1, 1200))  # three chunks
+    cache = KVCache(model.config, 1, 1300, ids.device, torch.float32)
+    found = prefill(model, cache, ids, torch.arange(1200)[None])
+    torch.testing.assert_close(found, model(ids)[:, -1], rtol=0, atol=1e-4)
+
+
+def test_long_prefill_needs_no_quadratic_memory():
+    """16,384 tokens through a window of 4,096 keep no (T, T) mask or scores: it would take 268 MB as bool alone."""
+    T, window = 16384, 4096
+    q, k, v = (torch.randn(1, heads, T, 8) for heads in (2, 1, 1))
+    pos = torch.arange(T)[None]
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend(t.numel() for t in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(t))
+            return out
+
+    with torch.no_grad(), Watch():
+        attention(q, k, v, View(pos, pos, window, ordered=True))
+    assert max(made) <= QUERY_BLOCK * (window + QUERY_BLOCK) * 2
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = make().train()
+    ids = torch.randint(0, 97, (2, 20))
+    grads = []
+    for model.model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        model(ids).square().mean().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_rope_keeps_far_positions_apart_in_bf16():
+    model = make(sliding_window=None).to(torch.bfloat16)
+    ids = torch.tensor([[5, 6]])
+    near = model(ids, torch.tensor([[3000, 3001]]))
+    far = model(ids, torch.tensor([[3000, 3004]]))
+    assert not torch.equal(near[:, -1], far[:, -1])
+
+
+RAW = {
+    "architectures": ["MistralForCausalLM"],
+    "vocab_size": 10,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_config_reads_both_generations_of_transformers():
+    four = {**RAW, "rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "bfloat16", "sliding_window": None}
+    five = {**RAW, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}, "dtype": "bfloat16"}
+    five |= {"sliding_window": None, "head_dim": None}
+    assert Config.from_dict(four) == Config.from_dict(five)
+    assert Config.from_dict(four).rope_theta == 1e6 and Config.from_dict(four).sliding_window is None
+    assert Config.from_dict(RAW).sliding_window == 4096  # the default of transformers' class
+    assert Config.from_dict(Config.from_dict(four).to_dict(torch.bfloat16)) == Config.from_dict(four)
+
+
+BAD = {
+    "architecture": {"architectures": ["GPT2LMHeadModel"]},
+    "none": {"architectures": None},
+    "rope": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+    "bias": {"attention_bias": True},
+    "activation": {"hidden_act": "gelu"},
+    "size": {"hidden_size": "large"},
+    "zero": {"num_hidden_layers": 0},
+    "missing": {"vocab_size": None},
+    "heads": {"num_key_value_heads": 3},
+    "indivisible": {"hidden_size": 18},
+    "odd": {"head_dim": 3},
+    "window": {"sliding_window": -1},
+    "eps": {"rms_norm_eps": 0},
+}
+
+
+@pytest.mark.parametrize("change", BAD.values(), ids=BAD)
+def test_config_refuses_what_the_model_is_not(change):
+    with pytest.raises(BadInput) as error:
+        Config.from_dict({**RAW, **change})
+    assert "\n" not in str(error.value)
+
+
+def test_gqa_repeats_each_key_head_in_place():
+    """Query heads 0 and 1 read key head 0: repeat_interleave, not tile."""
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
+    pos = torch.arange(3)[None]
+    repeated = [x.repeat_interleave(2, dim=1) for x in (k, v)]
+    for view in (None, View(pos, pos, None, ordered=True)):
+        torch.testing.assert_close(attention(q, k, v, view), attention(q, *repeated, view))
+
+
+def test_initial_weights_follow_the_seed():
+    same, other = make(seed=0), make(seed=1)
+    for a, b, c in zip(make(seed=0).parameters(), same.parameters(), other.parameters()):
+        assert torch.equal(a, b)
+        assert a.dim() == 1 or not torch.equal(a, c)

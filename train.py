@@ -1,0 +1,47 @@
+"""Supervised fine-tuning: a LoRA adapter, or all weights.
+
+    python train.py                                                    # the embedded base learns to work out sums
+    python train.py --model mistralai/Mistral-7B-v0.1 --data chats.jsonl --template zephyr
+    python train.py --full --from-config FOLDER --data texts.jsonl     # a new model, from config.json and tokenizer
+
+Records are JSON lines: {"messages": [{"role": …, "content": …}, …]}, {"prompt": …, "completion": …} or {"text": …}.
+"""
+
+from minichat import cli
+from minichat.errors import BadInput
+
+
+def parse():
+    parser = cli.Parser(__doc__)
+    cli.model_flags(parser, "without it: the embedded base")
+    parser.add_argument("--from-config", metavar="FOLDER", help="start from random weights: config.json and tokenizer")
+    cli.chat_flags(parser)
+    parser.add_argument("--learn", choices=["assistant", "all"], default="assistant", help="which tokens of a chat")
+    cli.training_flags(parser, cli.RUNS["sft"], lr=1e-3, warmup=0.03, batch_size=16, max_length=2048)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    cli.check_training(args)
+    if args.from_config and not args.full:
+        raise BadInput("--from-config starts from random weights: there is nothing to adapt; add --full")
+    if args.from_config and (args.model or args.adapter):
+        raise BadInput("--from-config makes a new model; it goes with neither --model nor --adapter")
+    args.model = args.model or args.from_config or cli.default_model()
+
+    from minichat import data, runs, training
+
+    model, tokenizer = runs.new_model(args) if args.from_config else cli.load(args)
+    if args.data is None:
+        args.data = runs.embedded_data(args, "sft", 3000)
+
+    def read(file):
+        records = data.read_jsonl(file)
+        return data.examples(records, tokenizer, args.template, args.max_length, args.format, args.learn)
+
+    runs.train(args, model, tokenizer, training.sft(), read, "sft")
+
+
+if __name__ == "__main__":
+    cli.run(main)
