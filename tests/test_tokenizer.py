@@ -1,0 +1,499 @@
+"""Text to ids and back. Other tests import the tokenizers that are built here: no file of any model is needed."""
+
+import json
+import shutil
+import time
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+
+from minichat.errors import BadInput
+from minichat.tokenizer import TextStream, Tokenizer
+
+CORPUS = [
+    "### System:\nYou are a helpful assistant.",
+    "### User:\nhello there, how are you? 1234 1999",
+    "### Assistant:\nhello, hello! I am well.  Two  spaces. héllo élan",
+    "[INST] say hello [/INST] hello</s>",
+    "<|im_start|>user\nhello<|im_end|>\n<|system|>\n<|assistant|>",
+    "a aa aaa    aaaa \n\n\n    def f(x):\n\treturn x",
+]
+SPECIAL = ["<unk>", "<s>", "</s>"]
+LOCAL = ["prepend", "newlines", "metaspace-first", "metaspace-always", "metaspace-split", "digits", "no-fallback"]
+OTHER = ["byte-level", "byte-missing", "ignore-merges", "greedy-special", "normalized-special", "nfkc"]
+
+# what a text of a chat is made of, and what its pieces could grow together with
+PIECES = [
+    "hello",
+    " hello",
+    "he",
+    "llo",
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "a",
+    "aa",
+    "1",
+    "99",
+    "é",
+    "😀",
+    "你好",
+    "e\u0301",
+    "\ufffd",
+]
+PIECES += [
+    "<s>",
+    "</s>",
+    "</",
+    "s>",
+    "[INST]",
+    "[/INST]",
+    "###",
+    "### User:",
+    "<|im_end|>",
+    ".",
+    "▁",
+    "\t",
+    "\u200d",
+    "ﬁ",
+]
+texts = st.one_of(st.lists(st.sampled_from(PIECES), max_size=12).map("".join), st.text(max_size=12))
+generous = settings(deadline=None, max_examples=60)  # two shared cores
+
+
+def backend(kind: str) -> Backend:
+    """A BPE tokenizer like Mistral's ("prepend"), in other pipelines, or like GPT-2's ("byte-level")."""
+    if kind == "byte-level":
+        tokenizer = Backend(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(CORPUS, trainer)
+        return tokenizer
+
+    # in Mistral's vocabulary a line end is a byte and merges with nothing
+    corpus = CORPUS if kind == "newlines" else [line for text in CORPUS for line in text.split("\n")]
+    to_marks = [normalizers.Replace(" ", "▁")]
+    trained = Backend(models.BPE())
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *to_marks])
+    trained.train_from_iterator(corpus * 2, trainers.BpeTrainer(vocab_size=250, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256) if kind != "byte-missing" or byte != 0x98]
+    vocabulary = dict.fromkeys([*SPECIAL, *byte_tokens, *model["vocab"]])
+    vocabulary = {token: id for id, token in enumerate(vocabulary)}
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Backend(
+        models.BPE(
+            vocab=vocabulary,
+            merges=merges,
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=kind != "no-fallback",
+            ignore_merges=kind == "ignore-merges",
+        )
+    )
+    metaspace = pre_tokenizers.Metaspace(
+        prepend_scheme="always" if kind == "metaspace-always" else "first", split=kind == "metaspace-split"
+    )
+    if kind.startswith("metaspace"):
+        tokenizer.pre_tokenizer = metaspace
+    elif kind == "digits":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), metaspace])
+    elif kind == "nfkc":
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+(?!\S)|\w+|."), "isolated")
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *to_marks])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    greedy = kind == "greedy-special"
+    normalized = kind == "normalized-special"
+    tokenizer.add_special_tokens(
+        [AddedToken(t, lstrip=greedy, rstrip=greedy, single_word=greedy, normalized=normalized) for t in SPECIAL]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def write(folder: Path, kind: str = "prepend", **config) -> Path:
+    """A model's folder with the tokenizer's files; `config` goes into tokenizer_config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backend(kind).save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "clean_up_tokenization_spaces": False,
+        **config,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+backend_once = cache(backend)
+
+
+@cache
+def built(kind: str = "prepend") -> Tokenizer:
+    """write() and open, once for all tests; the folder is not kept: nothing here needs it again."""
+    folder = Path(mkdtemp())
+    try:
+        return Tokenizer(write(folder, kind))
+    finally:
+        shutil.rmtree(folder)
+
+
+# ---- special tokens
+
+
+def test_special_tokens(tmp_path):
+    tokenizer = Tokenizer(write(tmp_path))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (1, 2, 2, (2,))
+    assert tokenizer.add_bos and tokenizer.chat_template is None
+    assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert tokenizer.vocab_size == max(backend("prepend").get_vocab().values()) + 1
+
+
+def test_tokens_as_dicts_and_null(tmp_path):
+    folder = write(tmp_path, bos_token=None, eos_token={"content": "</s>", "special": True}, pad_token="<unk>")
+    (folder / "config.json").write_text('{"bos_token_id": 1}')
+    tokenizer = Tokenizer(folder)
+    assert (tokenizer.bos_id, tokenizer.add_bos, tokenizer.eos_id, tokenizer.pad_id) == (None, False, 2, 0)
+    assert "bos_token" not in tokenizer.special_tokens
+
+
+def test_ids_of_the_model_where_no_token_is_named(tmp_path):
+    backend("prepend").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "vocab_size": 32000}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7, 99999]}')
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (1, 2, (2, 7))
+
+
+def test_special_tokens_map(tmp_path):
+    backend("prepend").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "</s>"}, "bos_token": "<s>"}')
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+
+
+def test_add_bos(tmp_path):
+    assert not Tokenizer(write(tmp_path / "a", add_bos_token=False)).add_bos
+    assert not Tokenizer(write(tmp_path / "b", "byte-level")).add_bos  # nothing adds it
+    assert Tokenizer(write(tmp_path / "c", "byte-level", add_bos_token=True)).add_bos
+
+
+def test_pad_that_is_not_in_the_vocabulary_is_eos(tmp_path):
+    assert Tokenizer(write(tmp_path, pad_token="[PAD]")).pad_id == 2
+
+
+def test_tokens_that_only_the_config_has(tmp_path):
+    size = len(backend("prepend").get_vocab())
+    described = {str(size + i): {"content": f"<|im_{x}|>", "special": True} for i, x in enumerate(("end", "start"))}
+    tokenizer = Tokenizer(write(tmp_path, added_tokens_decoder=described, eos_token="<|im_end|>"))
+    assert tokenizer.eos_id == size and tokenizer.encode("<|im_end|>") == [size]
+    assert tokenizer.vocab_size == size + 2
+    with pytest.raises(BadInput, match="leaves no such id"):
+        Tokenizer(write(tmp_path, added_tokens_decoder={"9000": {"content": "<|far|>"}}))
+
+
+def test_chat_template(tmp_path):
+    assert Tokenizer(write(tmp_path, chat_template="{{ 1 }}")).chat_template == "{{ 1 }}"
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    assert Tokenizer(write(tmp_path, chat_template=named)).chat_template == "d"
+    assert Tokenizer(write(tmp_path, chat_template=named[:1])).chat_template is None
+    (tmp_path / "chat_template.jinja").write_text("{{ 2 }}\n")
+    assert Tokenizer(tmp_path).chat_template == "{{ 2 }}\n"
+
+
+# ---- errors
+
+
+def test_errors(tmp_path):
+    with pytest.raises(BadInput, match="tokenizer.json is not there"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"AutoTokenizer.from_pretrained\('.*'\).save_pretrained") as caught:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+    for broken in ("{", "[]", "{}"):
+        (tmp_path / "tokenizer.json").write_text(broken)
+        with pytest.raises(BadInput, match="is not a tokenizer"):
+            Tokenizer(tmp_path)
+    write(tmp_path)
+    (tmp_path / "config.json").write_text("{'eos'")
+    with pytest.raises(BadInput, match="config.json is not JSON"):
+        Tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(BadInput, match="holds a list"):
+        Tokenizer(tmp_path)
+
+
+def test_missing_special_tokens(tmp_path):
+    with pytest.raises(BadInput, match="no end-of-text token"):
+        Tokenizer(write(tmp_path, eos_token=None))
+    with pytest.raises(BadInput, match="'<end>' is not in the vocabulary"):
+        Tokenizer(write(tmp_path, eos_token="<end>"))
+
+
+@pytest.mark.parametrize("ids", [[5, 10**6], [-1], [10**12]])
+def test_ids_beyond_the_vocabulary(ids):
+    tokenizer = built()
+    with pytest.raises(BadInput, match="beyond the vocabulary"):
+        tokenizer.decode(ids)
+    with pytest.raises(BadInput, match="beyond the vocabulary"):
+        TextStream(tokenizer).put(ids[-1])
+
+
+def test_text_that_is_no_unicode():
+    for encode in (built().encode, lambda text: built().encode_batch(["fine", text])):
+        with pytest.raises(BadInput, match=r"'a\\ud83d' is not Unicode"):
+            encode("a\ud83d")
+
+
+# ---- ids
+
+
+@generous
+@given(texts)
+def test_encode(text):
+    for kind in ("prepend", "byte-level"):
+        tokenizer, reference = built(kind), backend_once(kind)
+        ids = tokenizer.encode(text)
+        assert ids == reference.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode_batch([text, "a"]) == [ids, tokenizer.encode("a")]
+
+
+def test_saved_truncation_and_padding_are_not_ours(tmp_path):
+    saved = backend("prepend")
+    saved.enable_truncation(3)
+    saved.enable_padding(length=50)
+    write(tmp_path)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer(tmp_path).encode("hello hello hello") == built().encode("hello hello hello")
+
+
+@pytest.mark.parametrize("kind", [*LOCAL, *OTHER])
+@generous
+@given(parts=st.lists(texts, min_size=1, max_size=5))
+def test_cuts(kind, parts):
+    tokenizer = built(kind)
+    assert tokenizer._cuts_are_local == (kind in LOCAL)
+    text = "".join(parts)
+    cuts = [sum(map(len, parts[:i])) for i in range(len(parts))]
+    ids, counts = tokenizer.encode_cut(text, cuts)
+    assert (ids, counts) == tokenizer._encode_cut_by_cut(text, cuts)
+    # the same whatever follows
+    for cut, count, before in zip(cuts, counts, range(len(cuts))):
+        assert tokenizer.encode_cut(text[:cut], cuts[:before]) == (ids[:count], counts[:before])
+    # and nothing but the whole text's ids if the cuts do no harm
+    whole = tokenizer.encode(text)
+    if all(whole[:count] == tokenizer.encode(text[:cut]) for cut, count in zip(cuts, counts)):
+        assert ids == whole
+
+
+def test_a_token_across_a_cut_is_split():
+    tokenizer = built()
+    assert len(tokenizer.encode("hello")) == 1
+    ids, counts = tokenizer.encode_cut("hello", [2])
+    assert ids[: counts[0]] == tokenizer.encode("he") and ids[counts[0] :] == tokenizer.encode("llo")
+
+
+def test_encode_cut_is_fast_where_it_can_be():
+    tokenizer = built()
+    text = "hello there, how are you?</s>" * 1000
+    started = time.process_time()
+    tokenizer.encode(text)
+    once = time.process_time() - started
+    started = time.process_time()
+    tokenizer.encode_cut(text, list(range(0, len(text), 29)))
+    assert time.process_time() - started < 10 * once + 0.1  # the other way takes 1000 times as long
+
+
+# ---- files
+
+
+def test_save_copies_every_file(tmp_path):
+    folder = write(tmp_path / "a", chat_template="{{ 1 }}")
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        (folder / name).write_text("{ }\n")
+    (folder / "tokenizer.model").write_bytes(b"\x00\xff")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "chat_template.jinja").write_text("of another model")
+    tokenizer = Tokenizer(folder)
+    tokenizer.save(tmp_path / "b")
+    tokenizer.save(folder)  # onto itself: nothing to do
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()} and len(files) == 5
+
+
+def test_save_with_a_template(tmp_path):
+    tokenizer = Tokenizer(write(tmp_path / "a", chat_template="{{ 1 }}", model_max_length=7))
+    (tmp_path / "a" / "chat_template.jinja").write_text("{{ 2 }}")
+    tokenizer.save(tmp_path / "b", chat_template="{{ 'é' }}")
+    assert Tokenizer(tmp_path / "b").chat_template == "{{ 'é' }}"
+    config = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert config == {
+        **json.loads((tmp_path / "a" / "tokenizer_config.json").read_text()),
+        "chat_template": "{{ 'é' }}",
+    }
+    tokenizer.save(tmp_path / "a", chat_template="{{ 3 }}")
+    assert Tokenizer(tmp_path / "a").chat_template == "{{ 3 }}"
+
+
+@pytest.mark.parametrize("kind", ["prepend", "metaspace-first", "byte-level"])
+def test_transformers_opens_what_we_save(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    write(tmp_path / "a", kind)
+    Tokenizer(tmp_path / "a").save(tmp_path / "b", chat_template="{{ bos_token }}")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "b"), Tokenizer(tmp_path / "b")
+    assert theirs.chat_template == "{{ bos_token }}"
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos_id, ours.eos_id, ours.vocab_size)
+    for text in [*CORPUS, "".join(PIECES), " ", ""]:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ids == ours.encode(text)
+        if "\ufffd" not in text:
+            assert theirs.decode(ids) == ours.decode(ids, skip_special=False)
+
+
+def test_save_without_a_tokenizer_config(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "a"
+    folder.mkdir()
+    backend("prepend").save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    Tokenizer(folder).save(tmp_path / "b", chat_template="{{ eos_token }}")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert (theirs.eos_token, theirs.bos_token, theirs.chat_template) == ("</s>", "<s>", "{{ eos_token }}")
+
+
+# ---- back to text
+
+
+@generous
+@given(text=texts.filter(lambda text: "▁" not in text and not any(token in text for token in SPECIAL)))
+def test_decode_undoes_encode(text):
+    for kind in ("prepend", "byte-level"):
+        tokenizer = built(kind)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_cut_off_character_takes_no_other_with_it():
+    tokenizer = built()
+    ids = tokenizer.encode("😀😀")
+    assert tokenizer.decode(ids) == "😀😀"
+    assert tokenizer.decode(ids[:-1]) == "😀\ufffd"
+    assert tokenizer.decode(ids[:-4]) == "😀"
+
+
+@pytest.mark.parametrize("kind", [*LOCAL, "byte-missing", "byte-level"])
+@generous
+@given(data=st.data())
+def test_stream_is_decode(kind, data):
+    tokenizer = built(kind)
+    anything = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20)
+    byte_tokens = st.lists(st.integers(3, 258), max_size=8)  # of characters that are not there, mostly
+    ids = data.draw(st.one_of(anything, texts.map(tokenizer.encode), st.builds(list.__add__, byte_tokens, anything)))
+    stream = TextStream(tokenizer)
+    text = "".join(stream.put(id) for id in ids) + stream.flush()
+    assert text == tokenizer.decode(ids) == stream.text and not stream.stopped
+    reference = backend_once(kind).decode(ids)
+    if "\ufffd" not in reference:
+        assert text == reference
+
+
+@pytest.mark.parametrize("kind", ["prepend", "byte-level"])
+@generous
+@given(data=st.data())
+def test_stop_strings(kind, data):
+    """What is given ends before the first stop string to be completed, as if characters came one by one."""
+    tokenizer = built(kind)
+    text = tokenizer.decode(tokenizer.encode(data.draw(texts)))
+    piece = st.tuples(st.integers(0, 30), st.integers(1, 6)).map(lambda at: text[at[0] : at[0] + at[1]]).filter(bool)
+    stop = data.draw(st.lists(piece if text else st.just("x"), max_size=3)) + data.draw(
+        st.lists(st.sampled_from(["hello", "\n\n", "llo a", "x"]), max_size=2)
+    )
+    ids = tokenizer.encode(text)
+    decoded = tokenizer.decode(ids)
+    expected, stopped = decoded, False
+    for end in range(len(decoded) + 1):
+        found = [s for s in stop if decoded[:end].endswith(s)]
+        if found:
+            expected, stopped = decoded[: end - max(map(len, found))], True
+            break
+    stream = TextStream(tokenizer, stop)
+    out = ""
+    for id in ids:
+        out += stream.put(id)
+        assert expected.startswith(out)
+    out += stream.flush()
+    assert (out, stream.text, stream.stopped) == (expected, expected, stopped)
+    assert stream.put(ids[0] if ids else 5) == "" or not stopped
+
+
+def test_stop_string_across_tokens():
+    tokenizer = built()
+    stream = TextStream(tokenizer, ["lo the", "never"])
+    assert [stream.put(id) for id in tokenizer.encode("hello there")][0] == "hel"
+    assert stream.stopped and stream.flush() == "" and stream.text == "hel"
+
+
+def test_held_text_comes_when_it_is_no_stop_string():
+    tokenizer = built()
+    stream = TextStream(tokenizer, ["\n\nUser"])
+    given_text = [stream.put(id) for id in tokenizer.encode("a\n\na")]
+    assert "\n" not in given_text[:-1] and "".join(given_text) == "a\n\na"
+
+
+def test_flush_gives_what_is_held():
+    tokenizer = built()
+    stream = TextStream(tokenizer, ["lo!"])
+    ids = [*tokenizer.encode("hello"), tokenizer.encode("😀")[1]]
+    assert "".join(stream.put(id) for id in ids) == "hel"
+    assert stream.flush() == "lo\ufffd" and stream.flush() == "" and stream.text == "hello\ufffd"
+
+
+def test_special_tokens_are_left_out():
+    tokenizer = built()
+    ids = tokenizer.encode("<s>hello</s>")
+    assert tokenizer.decode(ids) == "hello" and "</s>" in tokenizer.decode(ids, skip_special=False)
+    stream = TextStream(tokenizer)
+    assert "".join(map(stream.put, ids)) == "hello"
+
+
+@pytest.mark.parametrize("stop", ["hello", [""], [1]])
+def test_bad_stop_strings(stop):
+    with pytest.raises(BadInput, match="list of strings that are not empty"):
+        TextStream(built(), stop)
+
+
+@pytest.mark.parametrize("text", ["hello there ", "😀", "\x98"])
+def test_a_long_stream_costs_no_more_per_token(text):
+    """Also where no character is ever complete."""
+    tokenizer = built()
+    ids = tokenizer.encode(text)
+    if text == "\x98":
+        ids = [tokenizer.encode("😀")[2]]  # a byte that continues a character which never began
+    stream = TextStream(tokenizer, ["never said"])
+
+    def seconds(tokens: int) -> float:
+        started = time.process_time()
+        for i in range(tokens):
+            stream.put(ids[i % len(ids)])
+        return time.process_time() - started
+
+    first = seconds(2000)
+    seconds(20000)
+    assert seconds(2000) < 4 * first + 0.02
