@@ -397,13 +397,13 @@ struct Instance {
         {matmul_##NAME<4>, matmul_##NAME<8>}, {dequantize_##NAME<4>, dequantize_##NAME<8>}, quantize_##NAME};
 
 INSTANCE(portable, , 4)
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
 INSTANCE(avx2, __attribute__((target("avx2,fma"))), 8)
 INSTANCE(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma"))), 16)
 #endif
 
 const Instance& instance(int isa) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
     if (isa == AVX512) return avx512;
     if (isa == AVX2) return avx2;
 #endif
@@ -417,7 +417,7 @@ const Instance& instance(int isa) {
 extern "C" {
 
 int best_isa() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
         return AVX512;

@@ -130,9 +130,12 @@ def candidates(groups: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dt
     if not (low.isfinite() & high.isfinite()).all():
         raise BadInput("a weight to quantise is NaN or infinite; weights must be finite: check the checkpoint")
     # both ranges include 0, so that 0 is a code and stays exactly 0
-    span = 2 * torch.maximum(low.abs(), high.abs()) if symmetric else high.clamp(min=0) - low.clamp(max=0)
+    if symmetric:
+        step = torch.maximum(low.abs(), high.abs()) / (top / 2)
+    else:
+        step = (high.clamp(min=0) - low.clamp(max=0)) / top
     ranges = torch.tensor(RANGES, dtype=torch.float32, device=groups.device).view(-1, 1, 1)
-    scale = (span / top * ranges).to(scale_dtype).float()
+    scale = (step * ranges).to(scale_dtype).float()
     if scale.isinf().any():
         raise BadInput(
             f"weights up to {groups.abs().max().item():.3g} need a scale past the range of {scale_dtype}; "
@@ -149,12 +152,12 @@ def words_from_codes(q: Tensor, bits: int) -> Tensor:
     """q (N, K) uint8 -> (N, K * bits / 32) int32, the first code in the lowest bits: the disk's words too."""
     if bits == 4:
         q = q[:, 0::2] | (q[:, 1::2] << 4)
-    return q.contiguous().view(torch.int32)  # every machine that runs torch is little-endian
+    return q.flatten().view(torch.int32).view(q.shape[0], -1)  # every machine that runs torch is little-endian
 
 
 def codes_from_words(words: Tensor, bits: int) -> Tensor:
     """The inverse of `words_from_codes`."""
-    q = words.contiguous().view(torch.uint8)
+    q = words.flatten().view(torch.uint8).view(words.shape[0], -1)
     return torch.stack([q & 15, q >> 4], dim=-1).flatten(1) if bits == 4 else q
 
 

@@ -7,3 +7,20 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network; the hub's tests start a server of their own
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would warn after fork
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """The folder of a small random model over the shipped tokenizer: whoever changes it works on a copy."""
+    from helpers import make
+
+    import minichat
+    from minichat.cli import BASE
+    from minichat.tokenizer import Tokenizer
+
+    folder, tokenizer = tmp_path_factory.mktemp("base"), Tokenizer(BASE)
+    shape = dict(hidden_size=64, intermediate_size=96, head_dim=16, sliding_window=16, max_position_embeddings=512)
+    minichat.save(make(vocab_size=tokenizer.vocab_size, **shape), tokenizer, folder)
+    return folder

@@ -60,7 +60,9 @@ def matmul(x: Tensor, packed: Packed) -> Tensor:
     y = torch.empty(rows.shape[0], packed.codes.shape[0] * ROWS, dtype=torch.float32, device="cpu")
     if rows.shape[0] > 0:
         library().matmul(_pointer(rows), rows.shape[0], *_weight(packed), _pointer(y), isa(), torch.get_num_threads())
-    return y[:, :N].to(x.dtype).contiguous().view(*x.shape[:-1], N)
+    if y.shape[1] > N:
+        y = y[:, :N].contiguous()
+    return y.to(x.dtype).view(*x.shape[:-1], N)
 
 
 def matmul_transposed(grad: Tensor, packed: Packed) -> Tensor:
@@ -156,6 +158,7 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+@functools.cache
 def isa() -> int:
     """The best instruction set that runs here: 0 portable, 1 AVX2 with FMA, 2 AVX-512."""
     return library().best_isa()
