@@ -21,8 +21,8 @@ def parse():
     group.add_argument("--label-smoothing", type=float, default=0.0, help="share of flipped pairs (cDPO, robust)")
     group.add_argument("--reference-free", action="store_true", help="take the reference's log-probs as equal")
     group.add_argument("--max-prompt-length", type=int, default=1024, help="tokens, longer ones lose their beginning")
-    cli.training_flags(parser, cli.RUNS["dpo"], lr=2e-4, warmup=0.1, batch_size=16, max_length=1536)
-    return parser.parse_args()
+    cli.training_flags(parser, cli.RUNS["dpo"], lr=5e-5, warmup=0.1, batch_size=4, max_length=1536)
+    return cli.parse(parser, "dpo.args")
 
 
 def main() -> None:
@@ -41,11 +41,8 @@ def main() -> None:
     except ValueError as error:
         raise BadInput(f"{error}") from None
     model, tokenizer = cli.load(args)
-    if args.data is None:
-        args.data = runs.embedded_data(args, "pairs", 1500)
 
-    def read(file):
-        records = data.read_jsonl(file)
+    def read(records):
         return data.pairs(records, tokenizer, args.template, args.max_length, args.max_prompt_length)
 
     runs.train(args, model, tokenizer, method, read, "dpo")

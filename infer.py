@@ -38,7 +38,7 @@ def parse():
 def main() -> None:
     args = parse()
     prompts = read_prompts(args)
-    if prompts is not None and not any(prompts):
+    if prompts is not None and not (prompts and all(prompt.strip() for prompt in prompts)):
         raise BadInput("the prompt is empty; give --prompt TEXT, or --file FILE with a prompt a line")
     if args.batch_size < 1:
         raise BadInput(f"--batch-size is {args.batch_size}; it must be 1 or more")
@@ -71,9 +71,10 @@ def read_prompts(args) -> list[str] | None:
         else:
             with open(args.file, encoding="utf-8") as file:
                 text = file.read()
-    except UnicodeDecodeError as error:
+        text.encode()  # some locales let bad bytes through, as lone surrogates
+    except UnicodeError as error:
         raise BadInput(f"{args.file or 'standard input'}: not UTF-8 text: {error}") from None
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for line in text.split("\n") if line.strip()]  # splitlines() knows nine more ends of a line
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ def parse():
     parser.add_argument("--from-config", metavar="FOLDER", help="start from random weights: config.json and tokenizer")
     cli.chat_flags(parser)
     parser.add_argument("--learn", choices=["assistant", "all"], default="assistant", help="which tokens of a chat")
-    cli.training_flags(parser, cli.RUNS["sft"], lr=1e-3, warmup=0.03, batch_size=16, max_length=2048)
-    return parser.parse_args()
+    cli.training_flags(parser, cli.RUNS["sft"], lr=1e-4, warmup=0.03, batch_size=8, max_length=2048)
+    return cli.parse(parser, "sft.args")
 
 
 def main() -> None:
@@ -33,11 +33,8 @@ def main() -> None:
     from minichat import data, runs, training
 
     model, tokenizer = runs.new_model(args) if args.from_config else cli.load(args)
-    if args.data is None:
-        args.data = runs.embedded_data(args, "sft", 3000)
 
-    def read(file):
-        records = data.read_jsonl(file)
+    def read(records):
         return data.examples(records, tokenizer, args.template, args.max_length, args.format, args.learn)
 
     runs.train(args, model, tokenizer, training.sft(), read, "sft")

@@ -3,8 +3,8 @@
     python bench/demo.py                   # make demo: a few minutes on 2 cores
     python bench/demo.py --seeds 1 2 3     # the same with other data, other adapters and another test: the scatter
 
-Runs the three scripts as a user would, in runs/demo*, and prints one table; writes bench/results/demo.json with
---record.
+Runs the three scripts as a user would, with no flag but the seed, in runs/demo-SEED, and prints one table; writes
+bench/results/demo.json with --record.
 """
 
 import argparse
@@ -24,21 +24,17 @@ sys.path.insert(0, str(ROOT))
 from minichat.assets import sums  # noqa: E402
 
 BASE = ROOT / "minichat" / "assets" / "base"
-EXAMPLE = "calculate 100 + 520 + 60"
+EXAMPLE = "calculate 100 + 520 + 60"  # of the neural-chat cards
+NEW_TOKENS = 160  # a worked answer has about 120
 
 
-def python(*args: object) -> str:
-    """Run a script of the project; its standard output. What it says on standard error passes through."""
+def python(folder: Path, *args: object) -> str:
+    """Run a script of the project in a folder; its standard output. What it says on standard error passes through."""
     command = [sys.executable, *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"error: {' '.join(command)} failed with exit code {done.returncode}")
     return done.stdout
-
-
-def score(test: Path, model: Path, *flags: str) -> float:
-    out = python("-m", "minichat.evaluate", "--model", model, "--data", test, "--json", "--max-new-tokens", 160, *flags)
-    return json.loads(out)["exact_match"]
 
 
 def run(seed: int) -> tuple[dict[str, float], dict[str, str], float]:
@@ -48,15 +44,15 @@ def run(seed: int) -> tuple[dict[str, float], dict[str, str], float]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     test = sums.write("test", 500, seed, folder / "test.jsonl")
-    sft, dpo = folder / "sft", folder / "dpo"
-    python("train.py", "--seed", seed, "--out", sft)
-    python("dpo.py", "--model", sft, "--seed", seed, "--out", dpo)
-    stages = {"base": (BASE,), "SFT": (sft,), "DPO": (dpo,), "DPO INT4": (dpo, "--int4")}
-    accuracy = {name: score(test, *flags) for name, flags in stages.items()}
-    answers = {
-        name: python("infer.py", "--model", *flags, "--prompt", EXAMPLE, "--max-new-tokens", 160).strip()
-        for name, flags in stages.items()
-    }
+    python(folder, ROOT / "train.py", "--seed", seed)
+    python(folder, ROOT / "dpo.py", "--seed", seed)
+    stages = {"base": (BASE,), "SFT": ("runs/sft",), "DPO": ("runs/dpo",), "DPO INT4": ("runs/dpo", "--int4")}
+    accuracy, answers = {}, {}
+    for name, flags in stages.items():
+        flags = ("--model", *flags, "--max-new-tokens", NEW_TOKENS)
+        scores = python(folder, "-m", "minichat.evaluate", *flags, "--data", test, "--json")
+        accuracy[name] = json.loads(scores)["exact_match"]
+        answers[name] = python(folder, ROOT / "infer.py", *flags, "--prompt", EXAMPLE).strip()
     return accuracy, answers, time.perf_counter() - start
 
 
@@ -77,7 +73,7 @@ def main() -> None:
     for name, answer in answers.items():
         print(f"\n[{name}]\n{answer[:400]}")
     seconds = [took for _, _, took in passes.values()]
-    print(f"\n{statistics.median(seconds):.0f} s a pass; pictures: runs/demo-{args.seeds[0]}/{{sft,dpo}}/loss.png")
+    print(f"\n{statistics.median(seconds):.0f} s a pass; pictures: runs/demo-{args.seeds[0]}/runs/{{sft,dpo}}/loss.png")
     if args.record:
         record(passes)
 
@@ -100,7 +96,7 @@ def record(passes: dict) -> None:
     }
     results.mkdir(exist_ok=True)
     (results / "demo.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    picture = ROOT / "runs" / f"demo-{next(iter(passes))}" / "dpo" / "loss.png"
+    picture = ROOT / "runs" / f"demo-{next(iter(passes))}" / "runs" / "dpo" / "loss.png"
     if picture.exists():
         shutil.copy(picture, results / "demo.png")
 

@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from minichat.version import __version__
 
 BASE = Path(__file__).parent / "assets" / "base"  # the embedded default
 RUNS = {"sft": Path("runs/sft"), "dpo": Path("runs/dpo")}
+RESULTS = {"adapter": "adapter_config.json", "model": "config.json"}  # of a run: a folder, and what is in every such
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -41,7 +44,14 @@ class Parser(argparse.ArgumentParser):
             self.error(f"in a file of flags: {error}: {line}")
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}\n  {self.prog} --help lists the flags\n")
+        self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
+
+
+def seed(text: str) -> int:
+    """What --seed takes; argparse names this function where it does not."""
+    if not 0 <= (value := int(text)) < 1 << 63:
+        raise ValueError
+    return value
 
 
 def model_flags(parser: Parser, default: str) -> None:
@@ -58,7 +68,7 @@ def model_flags(parser: Parser, default: str) -> None:
     group.add_argument("--bits", type=int, default=4, choices=[4, 8], help="of a quantised weight")
     group.add_argument("--group-size", type=int, default=32, help="weights that share a scale: 32, 64 or 128")
     group.add_argument("--asymmetric", action="store_true", help="give every group a zero-point beside its scale")
-    group.add_argument("--seed", type=int, default=42, help="of everything random; the same seed gives the same run")
+    group.add_argument("--seed", type=seed, default=42, help="of everything random; the same seed gives the same run")
 
 
 def chat_flags(parser: Parser) -> None:
@@ -112,7 +122,10 @@ def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_si
 
 
 def check_training(args: argparse.Namespace) -> None:
-    """Raise BadInput for numbers that make no run, before anything is loaded or written."""
+    """Raise BadInput for flags that make no run, before anything is loaded or written."""
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be a finite number")
     positive = ("batch_size", "accumulate", "epochs", "log_every", "max_length", "lr")
     for name in positive:
         if not getattr(args, name) > 0:
@@ -120,33 +133,53 @@ def check_training(args: argparse.Namespace) -> None:
     for name in ("warmup", "clip", "weight_decay", "eval_every", "eps"):
         if getattr(args, name) < 0:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it cannot be negative")
+    if not all(0 <= beta < 1 for beta in args.betas):
+        raise BadInput(f"--betas are {args.betas[0]} and {args.betas[1]}; both must be 0 or more and below 1")
     if args.steps is not None and args.steps < 1:
         raise BadInput(f"--steps is {args.steps}; it must be 1 or more")
     if args.full and (args.int4 or args.rslora):
         raise BadInput("--full trains float weights: it goes with neither --int4 nor --rslora")
+    if args.adapter and not args.full:  # the new one would be saved as if it had been trained over --model alone
+        raise BadInput(f"an adapter over another: give that one's folder as the model, --model {args.adapter}")
     for name in ("data", "eval_data"):
         file = getattr(args, name)
         if file is not None and not Path(file).is_file():
             raise BadInput(f"--{name.replace('_', '-')} {file}: no such file")
     if args.out.exists() and not args.out.is_dir():
         raise BadInput(f"--out {args.out} is a file; it takes a folder")
-    if (args.out / "metrics.jsonl").exists() and not args.overwrite:
+    is_run = (args.out / "metrics.jsonl").exists()
+    if is_run and not args.overwrite:
         raise BadInput(f"--out {args.out} holds a run already; choose another folder, or --overwrite")
+    for name in ("config.json", *RESULTS):
+        if not is_run and (args.out / name).exists():
+            raise BadInput(f"--out {args.out} holds {name}, which is not of a run; choose another folder")
+
+
+def parse(parser: Parser, embedded: str) -> argparse.Namespace:
+    """The flags; those of assets/`embedded` come first where the embedded default is trained, on its own data."""
+    args = parser.parse_args()
+    if args.model or args.data or getattr(args, "from_config", None):
+        return args
+    file = BASE.parent / embedded
+    print(f"minichat: the embedded default, with the flags in {file}", file=sys.stderr)
+    return parser.parse_args([f"@{file}", *sys.argv[1:]])
 
 
 def default_model(*runs: str) -> Path:
-    """The last of the default runs that is there, else the embedded base."""
+    """The last of the default runs that was finished, else the embedded base."""
     for run in runs:
-        if (RUNS[run] / "config.json").exists():
+        if any((RUNS[run] / kind / last).exists() for kind, last in RESULTS.items()):
             return RUNS[run]
     return BASE
 
 
 def start_run(args: argparse.Namespace) -> None:
-    """Make the run folder and its config.json: every flag, the versions and the commit."""
+    """Make the run folder, without what an earlier run left, and its config.json: flags, versions and commit."""
     import torch
 
     args.out.mkdir(parents=True, exist_ok=True)
+    for kind in RESULTS:
+        shutil.rmtree(args.out / kind, ignore_errors=True)
     content = {
         "minichat": __version__,
         "commit": _commit(),
@@ -161,6 +194,8 @@ def start_run(args: argparse.Namespace) -> None:
 
 def _commit() -> str | None:
     """The checkout's commit, with + where it is changed; None for an installed package."""
+    if not (Path(__file__).parents[1] / ".git").exists():  # git would find that of whoever installed it
+        return None
     try:
         say = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 5, "check": True}
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **say).stdout.strip()
@@ -181,8 +216,9 @@ def load(args: argparse.Namespace):
     """The model and tokenizer that the flags name."""
     from minichat import int4, weights
 
-    scheme = int4.Scheme(args.bits, args.group_size, not args.asymmetric) if args.int4 else False
-    return weights.load_model(args.model, args.device, torch_dtype(args.dtype), scheme, args.adapter)
+    scheme = int4.Scheme(args.bits, args.group_size, not args.asymmetric)
+    wanted = args.int4 and (scheme == int4.Scheme() or scheme)  # True: what is INT4 on disk stays as it is
+    return weights.load_model(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)
 
 
 def run(main: Callable[[], None]) -> None:

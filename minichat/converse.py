@@ -85,9 +85,13 @@ class Talk:
         while True:
             try:
                 line = input("you> ").strip()
+                line.encode()  # some locales let bad bytes through, as lone surrogates
             except (EOFError, KeyboardInterrupt):
                 print(file=sys.stderr)
                 return
+            except UnicodeError as error:
+                print(f"error: not UTF-8 text: {error}", file=sys.stderr)
+                continue
             if line == "/new":
                 history = []
             if not line or line == "/new":
@@ -114,14 +118,13 @@ class Talk:
     def fit(self, turn: list[dict]) -> list[int]:
         """The ids of a conversation, its oldest turns dropped until an answer fits."""
         start = 1 if turn[0]["role"] == "system" else 0
-        while True:
-            try:
-                return self.ids(turn)
-            except BadInput:
-                if len(turn) - start < 3:
-                    raise
-                turn = [*turn[:start], *turn[start + 2 :]]
-                say("the conversation passes the context: its oldest turn is forgotten")
+        while len(turn) - start >= 3:
+            ids = chat.prompt_ids(turn, self.template, self.tokenizer)
+            if len(ids) + self.args.max_new_tokens <= self.limit:
+                return ids
+            turn = [*turn[:start], *turn[start + 2 :]]
+            say("the conversation passes the context: its oldest turn is forgotten")
+        return self.ids(turn)
 
     def report_after(self, found: list[Answer]) -> None:
         print(flush=True)

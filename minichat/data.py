@@ -91,22 +91,31 @@ def _chat(record: dict) -> list[dict]:
     return record["messages"]
 
 
+def _messages(record: dict, field: str, role: str) -> list[dict]:
+    """A field that holds messages, or one of them as a string."""
+    value = record[field]
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise BadInput(f"{field!r} is a {type(value).__name__}; it must be a string or a list of messages")
+    return value
+
+
 def _completion(record: dict) -> list[dict]:
-    prompt, answer = record["prompt"], record["completion"]
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    return [*prompt, *answer]
+    return [*_messages(record, "prompt", "user"), *_messages(record, "completion", "assistant")]
 
 
 def _preference(record: dict) -> tuple[list[dict], list[dict], list[dict]]:
-    def answer(value) -> list[dict]:
-        return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
-
-    prompt = record["prompt"]
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    prompt = _messages(record, "prompt", "user")
     if record.get("system"):
         prompt = [{"role": "system", "content": record["system"]}, *prompt]
-    return prompt, answer(record["chosen"]), answer(record["rejected"])
+    answers = []
+    for side in ("chosen", "rejected"):
+        answer = _messages(record, side, "assistant")
+        if not (answer and isinstance(answer[0], dict) and answer[0].get("role") == "assistant"):
+            raise BadInput(f"{side!r} is {answer!r:.80}; it must begin with the assistant's answer to 'prompt'")
+        answers.append(answer)
+    return prompt, *answers
 
 
 # name -> (the fields that tell it, record -> messages); "preference" gives prompt, chosen and rejected messages
@@ -123,7 +132,7 @@ def recognise(record: dict, where: str, wanted: str | None = None) -> str:
     for name in [wanted] if wanted else FORMATS:
         if all(key in record for key in FORMATS[name][0]):
             return name
-    rule = FORMATS[wanted][0] if wanted else " | ".join(" + ".join(keys) for keys, _ in FORMATS.values())
+    rule = " | ".join(" + ".join(FORMATS[name][0]) for name in ([wanted] if wanted else FORMATS))
     raise BadInput(f"{where}: fields {sorted(record)} fit no format; wanted: {rule}")
 
 
@@ -140,16 +149,21 @@ def examples(
 ) -> tuple[list[Example], Report]:
     """Records for SFT as sequences of at most max_length tokens.
 
-    A chat that is too long loses its oldest turns, then its prompt's left; a text is cut into pieces. learn:
-    "assistant" turns, or "all" tokens. Raises BadInput for a record that fits no format, or if none is left.
+    A chat that is too long loses its oldest turns, then its prompt's left, then its answer's right; a text is cut into
+    pieces. learn: "assistant" turns, or "all" tokens. Raises BadInput, naming the line, for a record that fits no
+    format, and if none is left.
     """
     found, report = [], Report()
     for where, record in sources:
         name = recognise(record, where, format)
         if name == "preference":
             raise BadInput(f"{where}: a preference pair; train.py learns from chats and texts, dpo.py from pairs")
-        content = FORMATS[name][1](record)
-        for ids, mask in _sequences(where, name, content, tokenizer, template, max_length, learn, report):
+        try:
+            content = FORMATS[name][1](record)
+            sequences = list(_sequences(name, content, tokenizer, template, max_length, learn, report))
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from None
+        for ids, mask in sequences:
             if not any(mask[1:]):  # nothing predicts the first token
                 report.counts["dropped: no target within --max-length"] += 1
                 continue
@@ -162,27 +176,28 @@ def examples(
     return found, report
 
 
-def _sequences(where, name, content, tokenizer, template, max_length, learn, report) -> Iterator[tuple]:
+def _sequences(name, content, tokenizer, template, max_length, learn, report) -> Iterator[tuple]:
     if name == "text":
         if not isinstance(content, str):
-            raise BadInput(f"{where}: 'text' is a {type(content).__name__}, not a string")
+            raise BadInput(f"'text' is a {type(content).__name__}, not a string")
         ids = [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(content) + [tokenizer.eos_id]
         for start in range(0, len(ids), max_length):
             piece = ids[start : start + max_length]
             yield piece, [1] * len(piece)
         report.counts["texts cut into pieces"] += len(ids) > max_length
         return
-    try:
+    ids, mask = chat.render(content, template, tokenizer, learn=learn)
+    while len(ids) > max_length and (shorter := _without_oldest_turn(content)):
+        content = shorter
         ids, mask = chat.render(content, template, tokenizer, learn=learn)
-        while len(ids) > max_length and (shorter := _without_oldest_turn(content)):
-            content = shorter
-            ids, mask = chat.render(content, template, tokenizer, learn=learn)
-            report.counts["oldest turns dropped"] += 1
-    except BadInput as error:
-        raise BadInput(f"{where}: {error}") from None
-    if len(ids) > max_length:
-        ids, mask = ids[-max_length:], mask[-max_length:]
-        report.counts["prompts cut on the left"] += 1
+        report.counts["oldest turns dropped"] += 1
+    over = len(ids) - max_length
+    if over > 0 and any(mask):
+        # never the beginning of what is learnt, nor the token that predicts it: the rest would follow from nothing
+        start = min(over, max(0, mask.index(1) - 1))
+        ids, mask = ids[start : start + max_length], mask[start : start + max_length]
+        report.counts["prompts cut on the left"] += start > 0
+        report.counts["answers cut on the right"] += start < over
     yield ids, mask
 
 
@@ -207,17 +222,17 @@ def pairs(
     found, report = [], Report()
     for where, record in sources:
         recognise(record, where, "preference")
-        prompt, chosen, rejected = _preference(record)
         try:
+            prompt, chosen, rejected = _preference(record)
             head = chat.prompt_ids(prompt, template, tokenizer)
             # the prompt's ids begin the ids with its answer, whatever the template: what follows is the answer
             answers = [chat.render([*prompt, *a], template, tokenizer)[0][len(head) :] for a in (chosen, rejected)]
-        except (BadInput, TypeError) as error:
+        except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
         if len(head) > max_prompt_length:
             head = head[-max_prompt_length:]
             report.counts["prompts cut on the left"] += 1
-        room = max_length - len(head)
+        room = max(0, max_length - len(head))
         report.counts["answers cut on the right"] += sum(len(a) > room for a in answers)
         good, bad = (a[:room] for a in answers)
         if good == bad or not good or not bad:

@@ -16,8 +16,11 @@ from minichat.errors import BadInput
 
 
 def last_number(text: str) -> str:
-    """The last integer or decimal in a text without its thousands separators; the stripped text if it has none."""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    """The last integer or decimal in a text without its thousands separators; the stripped text if it has none.
+
+    "1,234.5" is one number, "3,4" and "3-4" are two, and a minus sign is one where no digit or letter precedes it.
+    """
+    numbers = re.findall(r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?", text)
     return numbers[-1].replace(",", "") if numbers else text.strip()
 
 
@@ -46,6 +49,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer")
     parser.add_argument("--json", action="store_true", help="print the answers as well, as one JSON object")
     args = parser.parse_args()
+    if args.batch_size < 1:
+        raise BadInput(f"--batch-size is {args.batch_size}; it must be 1 or more")
     args.model = args.model or cli.default_model("dpo", "sft")
 
     from minichat import chat, data

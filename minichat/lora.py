@@ -276,8 +276,6 @@ def save(model: nn.Module, folder: str | Path, base: str | None = None, metadata
 
     base: what it was trained over (base_model_name_or_path). metadata: strings for the safetensors header.
     """
-    from safetensors.torch import save_file
-
     modules = adapted(model)
     if not modules:
         raise BadInput("the model has no adapter to save")
@@ -306,9 +304,26 @@ def save(model: nn.Module, folder: str | Path, base: str | None = None, metadata
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / (WEIGHTS + ".part")
-    save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
-    part.replace(folder / WEIGHTS)
+    try:
+        write_tensors(tensors, part, metadata)
+        part.replace(folder / WEIGHTS)
+    finally:
+        part.unlink(missing_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises BadInput naming it if it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    file.touch()
+    mode = file.stat().st_mode
+    try:
+        save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise BadInput(f"{file}: cannot be written: {error}") from None
+    file.chmod(mode)  # that of any new file: the library makes its own readable by their owner alone
 
 
 @torch.no_grad()

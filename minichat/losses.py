@@ -72,9 +72,9 @@ def dpo_loss(
 
 
 def check_preference(beta: float, kind: str, label_smoothing: float) -> None:
-    """Raise ValueError if beta <= 0, kind is unknown, or label_smoothing is out of range or of no use to kind."""
-    if not beta > 0:
-        raise ValueError(f"beta is {beta}; it must be positive")
+    """Raise ValueError if beta or label_smoothing is out of range, kind unknown, or label_smoothing of no use to it."""
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta is {beta}; it must be a positive number")
     if kind not in KINDS:
         raise ValueError(f"loss {kind!r} is unknown; choose from {', '.join(KINDS)}")
     if not 0 <= label_smoothing < 0.5:
@@ -85,4 +85,4 @@ def check_preference(beta: float, kind: str, label_smoothing: float) -> None:
 
 def perplexity(loss: float) -> float:
     """exp of a mean loss in nats per token; inf rather than an overflow."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)

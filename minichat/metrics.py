@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, and a progress bar or, where there is no terminal, plain lines."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,9 @@ class Metrics:
         seconds = time.perf_counter() - self.start
         record = {**record, "seconds": round(seconds, 3)}
         if self.file:
-            self.file.write(json.dumps(record) + "\n")
+            # JSON has no infinity (a perplexity) and no NaN
+            finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+            self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
         shown = {key: _short(value) for key, value in record.items() if key not in ("step", "tokens", "seconds")}
         if self.bar is not None:

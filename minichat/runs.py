@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from minichat.errors import BadInput
 from minichat.metrics import Metrics
 from minichat.model import Mistral
 from minichat.tokenizer import Tokenizer
+
+EMBEDDED = {"sft": ("sft", 3000), "dpo": ("pairs", 1500)}  # without --data: kind and number of records
 
 
 def say(text: str) -> None:
@@ -36,12 +38,19 @@ def new_model(args: argparse.Namespace) -> tuple[Mistral, Tokenizer]:
     return model.to(where, cli.torch_dtype(args.dtype) or device.default_dtype(where)), tokenizer
 
 
-def embedded_data(args: argparse.Namespace, kind: str, count: int) -> str:
-    """Write the embedded default's records into the run folder; the file's name."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = sums.write(kind, count, args.seed, args.out / "data.jsonl")
-    say(f"no --data: {count:,} records of sums, in {file}")
-    return str(file)
+def embedded(args: argparse.Namespace, what: str) -> Iterator[tuple[str, dict]]:
+    """(file:line, record) of the embedded default, as they will be in the run folder's data.jsonl."""
+    kind, count = EMBEDDED[what]
+    for line, record in enumerate(sums.records(kind, count, args.seed), 1):
+        yield f"{args.out / 'data.jsonl'}:{line}", record
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Raise BadInput if the run would replace what it starts from."""
+    folder, adapters = weights.chain(args.model)
+    for used in (folder, *(adapter.folder for adapter in adapters)):
+        if used.resolve().is_relative_to(args.out.resolve()):
+            raise BadInput(f"--out {args.out} holds {used}, which this run starts from; choose another folder")
 
 
 def train(
@@ -49,22 +58,30 @@ def train(
     model: Mistral,
     tokenizer: Tokenizer,
     method: training.Method,
-    read: Callable[[str], tuple[list, data.Report]],
+    read: Callable[[Iterable[tuple[str, dict]]], tuple[list, data.Report]],
     what: str,
 ) -> None:
-    """Everything after loading: the same for SFT and DPO."""
+    """Everything after loading: the same for SFT and DPO. what: "sft" or "dpo"."""
+    check_out(args)
     model.model.gradient_checkpointing = args.gradient_checkpointing
+    if args.full and model.scheme is not None:
+        raise BadInput(f"{args.model} is quantised: --full trains float weights; train an adapter, without --full")
     if args.full:
         model.requires_grad_(True)
+    elif lora.adapted(model):
+        raise BadInput(
+            f"{args.model} is an adapter over INT4 weights, which stays beside them and takes no second one; "
+            "where its base is float, without --int4 it is merged and trains on"
+        )
     else:
         targets = [name.strip() for name in args.lora_targets.split(",") if name.strip()]
         lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
     template = chat.template_text(args.template, tokenizer)
-    items, report = read(args.data)
-    say(f"{args.data}: {report}")
+    items, report = read(data.read_jsonl(args.data) if args.data else embedded(args, what))
+    say(f"{args.data or 'no --data, so sums'}: {report}")
     eval_items = None
     if args.eval_data:
-        eval_items, report = read(args.eval_data)
+        eval_items, report = read(data.read_jsonl(args.eval_data))
         say(f"{args.eval_data}: {report}")
     settings = training.Settings(
         steps=args.steps,
@@ -89,6 +106,8 @@ def train(
     total = training.count_steps(items, settings)
     say(f"{trained:,} weights train on {model.device}, {total} steps")
     cli.start_run(args)
+    if args.data is None:
+        sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
     with Metrics(args.out, total, what) as metrics:
         training.fit(model, method, items, settings, metrics, eval_items)
     if args.full:

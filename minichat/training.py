@@ -131,8 +131,7 @@ def fit(
     torch.manual_seed(settings.seed)
     model.train()
     pending: list[tuple[int, dict[str, Tensor], int, list[str]]] = []  # steps whose numbers nobody has read yet
-    tokens, seconds, last = 0, 0.0, {}
-    logged_tokens = 0
+    tokens, logged_tokens, last = 0, 0, {}
     start = time.perf_counter()
     for step, batches in zip(range(total), steps(items, settings, method, where)):
         weight = sum(batch.weight for batch in batches)
@@ -157,7 +156,6 @@ def fit(
         pending.clear()
         now = time.perf_counter()
         rate = (tokens - logged_tokens) / (now - start)
-        seconds += now - start
         last = {"step": done, **method.summary(means), "lr": lr, "tokens": tokens, "tokens_per_s": round(rate, 1)}
         if evaluates:
             scores = evaluate(model, method, eval_items, settings)
@@ -194,11 +192,13 @@ def steps(items: list, settings: Settings, method: Method, where: torch.device) 
 
 
 def count_steps(items: list, settings: Settings) -> int:
-    """How many optimiser steps a run takes."""
+    """How many optimiser steps a run takes; a last epoch that is not whole is rounded up to a step."""
+    if not items:
+        raise BadInput("there is no record to train on")
     if settings.steps:
         return settings.steps
     per_epoch = math.ceil(math.ceil(len(items) / settings.batch_size) / settings.accumulate)
-    return max(1, round(per_epoch * settings.epochs))
+    return math.ceil(per_epoch * settings.epochs)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minichat import device as devices
 from minichat import int4 as quant
 from minichat.errors import BadInput
-from minichat.lora import CONFIG, WEIGHTS, Adapter, adapted, fingerprint, load, rounding
+from minichat.lora import CONFIG, WEIGHTS, Adapter, adapted, fingerprint, load, rounding, write_tensors
 from minichat.model import Config, Mistral
 from minichat.tokenizer import Tokenizer
 
@@ -64,10 +64,14 @@ def _download(repo: str, revision: str | None) -> Path:
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns="consolidated*"))
+        at = snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns="consolidated*")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise BadInput(f"{repo}: no such folder here, and the hub gave none: {why}") from None
+    if not any(Path(at).glob("*.safetensors")):
+        how = TO_SAFETENSORS.replace("FILE", "pytorch_model.bin")
+        raise BadInput(f"{repo} has no safetensors; pickle can run code: convert it where you trust it: {how}")
+    return Path(at)
 
 
 def chain(source: str | Path) -> tuple[Path, list[Adapter]]:
@@ -122,7 +126,8 @@ class Shards:
         if (folder / INDEX).exists():
             index = read_json(folder / INDEX)
             self.files = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(self.files, dict) or not all(isinstance(f, str) for f in self.files.values()):
+            named = isinstance(self.files, dict) and all(isinstance(f, str) for f in self.files.values())
+            if not self.files or not named:
                 raise BadInput(f"{folder / INDEX}: holds no weight_map")
             for name in sorted(set(self.files.values())):
                 if Path(name).name != name or not name.endswith(".safetensors"):
@@ -135,9 +140,7 @@ class Shards:
             pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
             if pickles:
                 how = TO_SAFETENSORS.replace("FILE", pickles[0].name)
-                raise BadInput(
-                    f"{pickles[0]}: pickle can run code; convert it where you trust it: {how}"
-                )
+                raise BadInput(f"{pickles[0]}: pickle can run code; convert it where you trust it: {how}")
             raise BadInput(f"{folder}: holds neither model.safetensors nor {INDEX}")
         with self._open(file) as tensors:
             self.files = dict.fromkeys(tensors.keys(), file.name)
@@ -178,6 +181,14 @@ def read_config(folder: Path) -> Config:
         raise BadInput(f"{folder}: {error}") from None
 
 
+def read_scheme(folder: Path) -> quant.Scheme | None:
+    """How the folder's weights are quantised, None if they are not; BadInput names the folder."""
+    try:
+        return quant.parse_quantization_config(read_json(folder / "config.json").get("quantization_config"))
+    except BadInput as error:
+        raise BadInput(f"{folder}: {error}") from None
+
+
 def load_model(
     source: str | Path,
     device: str | torch.device | None = None,
@@ -199,13 +210,15 @@ def load_model(
     if adapter is not None:
         adapters.append(Adapter(resolve(adapter)))
     config = read_config(folder)
-    packed = quant.parse_quantization_config(read_json(folder / "config.json").get("quantization_config"))
+    packed = read_scheme(folder)
     if packed and int4 not in (False, True) and int4 != packed:
         raise BadInput(f"{folder} is quantised already, as {packed}; it cannot be loaded as {int4}")
     scheme = packed or (quant.Scheme() if int4 is True else int4 or None)
     unmerged = _trained_over_int4(adapters, scheme)
     if packed and len(adapters) > len(unmerged):
         raise BadInput(f"{folder} is quantised: the adapter {adapters[0].folder} cannot be merged into it")
+    tuned = [a.folder for a in reversed(adapters) if (a.folder / "tokenizer.json").exists()]
+    tokenizer = Tokenizer(tuned[0] if tuned else folder)  # before the weights: what is wrong with it shows at once
 
     with torch.device("meta"):
         model = Mistral(config)
@@ -216,8 +229,7 @@ def load_model(
         load(model, extra)
     model.source = str(resolve(source).resolve()) if Path(source).expanduser().is_dir() else str(source)
     model.identity = identity(resolve(source))
-    tuned = [a.folder for a in reversed(adapters) if (a.folder / "tokenizer.json").exists()]
-    return model.eval(), Tokenizer(tuned[0] if tuned else folder)
+    return model.eval(), tokenizer
 
 
 def _trained_over_int4(adapters: list[Adapter], scheme) -> list[Adapter]:
@@ -252,6 +264,8 @@ def _fill(model: Mistral, shards: Shards, where, dtype, packed, scheme, adapters
         for name in adapter.pairs:
             if name not in linears:
                 raise BadInput(f"{adapter.folder}: has weights for {name}, which {shards.folder} does not have")
+            if tied and name == "lm_head":
+                raise BadInput(f"{adapter.folder}: changes lm_head, which {shards.folder} shares with its embedding")
     worst = 0.0
     names.sort(key=lambda name: shards.files.get(name, ""))  # shard after shard, in the model's order within one
     for name in names:
@@ -261,7 +275,12 @@ def _fill(model: Mistral, shards: Shards, where, dtype, packed, scheme, adapters
             keys = [k for k in quant.KEYS if f"{owner_name}.{k}" in shards.files]
             tensors = {key: shards.read(f"{owner_name}.{key}") for key in keys}
             left -= {f"{owner_name}.{key}" for key in keys}
-            _put(model, owner_name, quant.from_tensors(tensors, (owner.out_features, owner.in_features), packed, where))
+            try:
+                new = quant.from_tensors(tensors, (owner.out_features, owner.in_features), packed, where)
+            except BadInput as error:
+                file = shards.folder / shards.files[f"{owner_name}.weight_packed"]
+                raise BadInput(f"{file}: {owner_name}: {error}") from None
+            _put(model, owner_name, new)
             continue
         if name not in left:
             missing = [n for n in names if n not in shards.files]
@@ -314,11 +333,10 @@ def save_model(
     """Write a folder that transformers opens: shards, index, config.json, generation_config.json, tokenizer files.
 
     dtype: of the float weights on disk, None is what they are. template: the chat template to write as the model's
-    own (Jinja). INT4 linears are written in compressed-tensors' pack-quantized format. Each file appears whole or
-    not at all. Raises BadInput if an adapter is attached and not merged.
+    own (Jinja). INT4 linears are written in compressed-tensors' pack-quantized format. What the folder held before is
+    replaced when all shards are written, so one that fails leaves it as it was. Raises BadInput if an adapter is
+    attached and not merged, or if a shard cannot be written.
     """
-    from safetensors.torch import save_file
-
     if adapted(model):
         raise BadInput("the model has an unmerged adapter: lora.merge(model) first, or lora.save(model, folder)")
     folder = Path(folder)
@@ -332,22 +350,26 @@ def save_model(
             size = 0
         shards[-1].append(name)
         size += count
-    files: dict[str, str] = {}
+    written = ["model.safetensors"]
+    if len(shards) > 1:
+        written = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    parts = [folder / (file + ".part") for file in written]
     stream = _tensors(model, dtype)
-    for i, names in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        part = folder / (file + ".part")
-        save_file(dict(next(stream) for _ in names), part, metadata={"format": "pt"})
-        part.replace(folder / file)
-        files |= dict.fromkeys(names, file)
+    try:
+        for part, names in zip(parts, shards):
+            write_tensors(dict(next(stream) for _ in names), part)
+        (folder / INDEX).unlink(missing_ok=True)  # an index of old and new shards would load, and be neither model
+        for part, file in zip(parts, written):
+            part.replace(folder / file)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
     for old in folder.glob("model*.safetensors"):
-        if old.name not in files.values():
+        if old.name not in written:
             old.unlink()
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files}
-        write_json(folder / INDEX, index)
-    else:
-        (folder / INDEX).unlink(missing_ok=True)
+        files = {name: file for file, names in zip(written, shards) for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
     config = model.config.to_dict(dtype or model.dtype)
     if any(isinstance(m, quant.Int4Linear) for m in model.modules()):
         config["quantization_config"] = quant.quantization_config(model.scheme)

@@ -134,7 +134,8 @@ def test_peft_opens_and_merges_our_file(settings, tmp_path):
 @torch.no_grad()
 def test_we_open_pefts_file_key_for_key(settings, tmp_path):
     other = peft_of(settings)
-    other.save_pretrained(tmp_path / "peft")
+    # with lm_head among the targets, peft would copy the base's head and embedding into the file
+    other.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
     model = lora.load(make(), tmp_path / "peft")
     torch.testing.assert_close(model(IDS), other(IDS).logits, rtol=0, atol=1e-4)
     lora.save(model, tmp_path / "ours")

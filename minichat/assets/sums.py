@@ -97,7 +97,7 @@ def question(rng: random.Random, numbers: list[int]) -> str:
 def draw(rng: random.Random, count: int, test: bool) -> list[int]:
     """`count` numbers of one to three digits whose sum is of the test, or of what may be trained on, steps and all."""
     while True:
-        numbers = [rng.randrange(10 ** rng.choice((1, 2, 3, 3))) for _ in range(count)]
+        numbers = [rng.randrange(10 ** rng.choice((1, 2, 2, 3, 3, 3))) for _ in range(count)]
         steps = [(sum(numbers[:i]), numbers[i]) for i in range(1, count)]
         if held_out(*numbers) if test else not (held_out(*numbers) or any(held_out(*step) for step in steps)):
             return numbers
@@ -111,10 +111,9 @@ def wrong(rng: random.Random, total: int) -> int:
 
 
 def base(rng: random.Random) -> dict:
-    """A few plain sums, copied numbers and prose; no chat and no worked answer. Short: a sum is learnt sooner with
-    few others around it."""
+    """A page of plain sums, copied numbers and prose, at most 256 tokens; no chat and no worked answer."""
     lines = []
-    while sum(map(len, lines)) < 60:
+    while sum(map(len, lines)) < 290:
         kind = rng.random()
         if kind < 0.07:
             lines.append(rng.choice(PROSE))

@@ -1,0 +1,416 @@
+"""Records to ids to batches: what is read, what is refused, what is cut, and where each target stands."""
+
+import json
+import math
+
+import pytest
+import torch
+from helpers import make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minichat import chat, data, training
+from minichat.cli import BASE
+from minichat.data import Example, Pair
+from minichat.errors import BadInput
+from minichat.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer(BASE)
+EOS = TOKENIZER.eos_id
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def numbered(*records):
+    return [(f"f:{i}", record) for i, record in enumerate(records, 1)]
+
+
+def sft(*records, max_length=10_000, template="neuralchat", **more):
+    return data.examples(numbered(*records), TOKENIZER, template, max_length, **more)
+
+
+def dpo(*records, max_length=10_000, max_prompt_length=10_000):
+    return data.pairs(numbered(*records), TOKENIZER, "neuralchat", max_length, max_prompt_length)
+
+
+def learnt(example):
+    return TOKENIZER.decode([t for t, m in zip(example.ids, example.mask) if m], skip_special=False)
+
+
+def text(ids):
+    return TOKENIZER.decode(ids, skip_special=False)
+
+
+# ---- reading ----
+
+
+def test_lines_are_numbered_and_empty_ones_skipped(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "\xc3\xa4"}\n\n  \n{"text": "b"}\r\n{"text": "c"}')
+    assert list(data.read_jsonl(file)) == [
+        (f"{file}:1", {"text": "ä"}),
+        (f"{file}:4", {"text": "b"}),
+        (f"{file}:5", {"text": "c"}),
+    ]
+
+
+LINES = {
+    "cut off": b'{"text": "a',
+    "not JSON": b"hello",
+    "two values": b'{"text": "a"} {"text": "b"}',
+    "a list": b'["a"]',
+    "a string": b'"a"',
+    "null": b"null",
+    "NaN alone": b"NaN",
+    "not UTF-8": b'{"text": "\xff\xfe"}',
+    "deep": b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "a number without end": b'{"text": ' + b"9" * 10_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_a_line_that_is_no_record_is_named(line, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
+    with pytest.raises(BadInput, match=r"a\.jsonl:2: ") as error:
+        list(data.read_jsonl(file))
+    assert len(str(error.value)) < 500
+
+
+def test_no_file_is_one_line(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(BadInput, match=str(path)):
+            list(data.read_jsonl(path))
+
+
+# ---- formats ----
+
+
+def test_the_formats_of_sft_say_the_same():
+    chats = [user("How much is 1 + 2?"), said("3")]
+    found, report = sft(
+        {"messages": chats, "prompt": "ignored", "prompt_id": "x"},
+        {"prompt": "How much is 1 + 2?", "completion": "3"},
+        {"prompt": chats[:1], "completion": chats[1:]},
+    )
+    assert found[0].ids == found[1].ids == found[2].ids == chat.render(chats, "neuralchat", TOKENIZER)[0]
+    assert found[0].mask == found[1].mask == found[2].mask
+    assert learnt(found[0]) == "3</s>"
+    assert [e.where for e in found] == ["f:1", "f:2", "f:3"]
+    assert report.kept == 3 and report.tokens == sum(map(len, found)) and not report.counts
+
+
+def test_all_assistant_turns_are_learnt_or_everything():
+    record = {"messages": [SYSTEM, user("a"), said("one"), user("b"), said("two")]}
+    (one,), _ = sft(record)
+    assert learnt(one) == "one</s>two</s>"
+    (whole,), _ = sft(record, learn="all")
+    assert whole.ids == one.ids and all(whole.mask)
+
+
+def test_texts_are_learnt_whole_with_their_ends():
+    (one,), _ = sft({"text": "Add 1 and 2"})
+    expected = [TOKENIZER.bos_id] * TOKENIZER.add_bos + TOKENIZER.encode("Add 1 and 2") + [EOS]
+    assert one.ids == expected and all(one.mask)
+
+
+def test_the_formats_of_dpo_say_the_same():
+    found, report = dpo(
+        {"system": "Be brief.", "prompt": "Hi", "chosen": "Hello", "rejected": "No"},
+        {"prompt": [SYSTEM, user("Hi")], "chosen": [said("Hello")], "rejected": [said("No")]},
+    )
+    assert found[0].prompt == found[1].prompt == chat.prompt_ids([SYSTEM, user("Hi")], "neuralchat", TOKENIZER)
+    for pair in found:
+        assert pair.prompt + pair.chosen == chat.render([SYSTEM, user("Hi"), said("Hello")], "neuralchat", TOKENIZER)[0]
+        assert pair.prompt + pair.rejected == chat.render([SYSTEM, user("Hi"), said("No")], "neuralchat", TOKENIZER)[0]
+    assert text(found[0].chosen) == "Hello</s>"
+    assert report.tokens == sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in found)
+
+
+def test_an_empty_system_field_is_none():
+    """Most rows of orca_dpo_pairs' kind have one, or an empty one."""
+    record = {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}
+    (without, empty, null), _ = dpo(record, {**record, "system": ""}, {**record, "system": None})
+    assert without.prompt == empty.prompt == null.prompt
+
+
+DEEP = json.loads("[" * 300 + "]" * 300)
+WRONG_SFT = {
+    "no format": {"question": "a"},
+    "half a completion": {"prompt": "a"},
+    "a pair": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    "messages null": {"messages": None},
+    "messages a string": {"messages": "hello"},
+    "messages an object": {"messages": user("a")},
+    "messages empty": {"messages": []},
+    "messages NaN": {"messages": math.nan},
+    "messages of strings": {"messages": ["a"]},
+    "messages of lists": {"messages": [["user", "a"]]},
+    "messages deep": {"messages": DEEP},
+    "role unknown": {"messages": [{"role": "tool", "content": "a"}]},
+    "role a list": {"messages": [{"role": ["user"], "content": "a"}]},
+    "no role": {"messages": [{"from": "human", "value": "a"}]},
+    "no content": {"messages": [{"role": "user"}]},
+    "content null": {"messages": [user("a"), said(None)]},
+    "content a number": {"messages": [user(5), said("a")]},
+    "content NaN": {"messages": [user(math.nan), said("a")]},
+    "content in parts": {"messages": [user([{"type": "text", "text": "a"}]), said("a")]},
+    "content deep": {"messages": [user(DEEP), said("a")]},
+    "content half a character": {"messages": [user("\ud800"), said("a")]},
+    "prompt a number": {"prompt": 5, "completion": "a"},
+    "prompt null": {"prompt": None, "completion": "a"},
+    "completion true": {"prompt": "a", "completion": True},
+    "completion an object": {"prompt": "a", "completion": said("b")},
+    "text null": {"text": None},
+    "text a list": {"text": ["a"]},
+    "text half a character": {"text": "\udfff"},
+}
+
+
+@pytest.mark.parametrize("record", WRONG_SFT.values(), ids=WRONG_SFT)
+def test_a_record_that_is_wrong_deep_inside_is_named(record):
+    with pytest.raises(BadInput, match=r"^f:2: ") as error:
+        sft({"text": "fine"}, record)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_wanted_format_is_kept_to():
+    both = {"text": "a", "prompt": "b", "completion": "c"}
+    (one,), _ = sft(both, format="text")
+    assert text(one.ids).endswith("a</s>") and all(one.mask)
+    with pytest.raises(BadInput, match="f:1.*messages"):
+        sft(both, format="chat")
+
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+WRONG_DPO = {
+    "no pair": {"messages": [user("a"), said("b")]},
+    "prompt a number": {**PAIR, "prompt": 5},
+    "prompt empty": {**PAIR, "prompt": []},
+    "prompt null": {**PAIR, "prompt": None},
+    "system a number": {**PAIR, "system": 5},
+    "system a list": {**PAIR, "system": ["a"]},
+    "chosen null": {**PAIR, "chosen": None},
+    "chosen a number": {**PAIR, "chosen": 1.5},
+    "chosen empty": {**PAIR, "chosen": []},
+    "chosen of strings": {**PAIR, "chosen": ["b"]},
+    "rejected an object": {**PAIR, "rejected": said("c")},
+    # its ids would not begin with the prompt's: what stood for the answer would be cut out of the middle
+    "the prompt again in the answer": {**PAIR, "chosen": [user("a"), said("b")]},
+    "content deep": {**PAIR, "chosen": [said(DEEP)]},
+}
+
+
+@pytest.mark.parametrize("record", WRONG_DPO.values(), ids=WRONG_DPO)
+def test_a_pair_that_is_wrong_deep_inside_is_named(record):
+    with pytest.raises(BadInput, match=r"^f:2: ") as error:
+        dpo(PAIR, record)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_nothing_left_is_an_error_that_says_why():
+    with pytest.raises(BadInput, match="2 dropped: no target"):
+        sft({"messages": [user("a")]}, {"messages": [SYSTEM, user("b")]})
+    with pytest.raises(BadInput, match="1 dropped: equal"):
+        dpo({**PAIR, "rejected": "b"})
+    for read in (sft, dpo):
+        with pytest.raises(BadInput, match="left to learn"):
+            read()
+
+
+# ---- truncation ----
+
+TURNS = [SYSTEM, user("first"), said("one"), user("second"), said("two"), user("third"), said("three")]
+
+
+def length(*messages):
+    return len(chat.render(list(messages), "neuralchat", TOKENIZER)[0])
+
+
+def test_the_oldest_turns_go_first_and_the_system_message_stays():
+    for dropped in (0, 1, 2):
+        kept = [SYSTEM, *TURNS[1 + 2 * dropped :]]
+        (one,), report = sft({"messages": TURNS}, max_length=length(*kept))
+        assert (one.ids, one.mask) == chat.render(kept, "neuralchat", TOKENIZER)
+        assert report.counts == ({"oldest turns dropped": dropped} if dropped else {})
+        assert report.tokens == length(*kept) and report.kept == 1
+    (one,), report = sft({"messages": TURNS}, max_length=length(*TURNS) - 1)
+    assert learnt(one) == "two</s>three</s>" and report.counts == {"oldest turns dropped": 1}
+
+
+def test_a_last_prompt_that_is_too_long_loses_its_left():
+    messages = [user("one two three four five six"), said("fine")]
+    ids, mask = chat.render(messages, "neuralchat", TOKENIZER)
+    (one,), report = sft({"messages": messages}, max_length=len(ids) - 9)
+    assert (one.ids, one.mask) == (ids[9:], mask[9:])
+    assert report.counts == {"prompts cut on the left": 1}
+
+
+def test_an_answer_that_is_too_long_loses_its_right():
+    """Never its beginning: the first token learnt is the answer's own first, after the prompt's last."""
+    messages = [user("go"), said("one two three four five six seven")]
+    ids, mask = chat.render(messages, "neuralchat", TOKENIZER)
+    first = mask.index(1)
+    (one,), report = sft({"messages": messages}, max_length=6)
+    assert one.ids == ids[first - 1 : first + 5] and one.mask == [0, 1, 1, 1, 1, 1]
+    assert report.counts == {"prompts cut on the left": 1, "answers cut on the right": 1}
+    (whole,), report = sft({"messages": messages}, max_length=6, learn="all")
+    assert whole.ids == ids[:6] and report.counts == {"answers cut on the right": 1}
+
+
+def test_a_text_that_is_too_long_is_cut_into_pieces():
+    ids = sft({"text": "1 + 2 = 3, 4 + 5 = 9"})[0][0].ids
+    found, report = sft({"text": "1 + 2 = 3, 4 + 5 = 9"}, {"text": "1"}, max_length=7)
+    pieces = [e.ids for e in found if e.where == "f:1"]
+    assert [t for piece in pieces for t in piece] == ids[: len(ids) - (len(ids) % 7 == 1)]
+    assert all(len(piece) == 7 for piece in pieces[:-1])
+    assert report.counts["texts cut into pieces"] == 1 and report.kept == len(found)
+
+
+def test_report_reads_as_a_line():
+    report = data.Report(1234, 56789)
+    report.counts["oldest turns dropped"] = 2
+    assert str(report) == "1,234 records, 56,789 tokens, 2 oldest turns dropped"
+
+
+def test_pairs_are_cut_as_the_recipes_say():
+    """The prompt keeps its last tokens, the answers their first: 1024 and 1536 in the recipes."""
+    record = {"prompt": "one two three four five", "chosen": "yes yes yes yes yes", "rejected": "no"}
+    (full,), report = dpo(record)
+    assert not report.counts
+    P, C, R = len(full.prompt), len(full.chosen), len(full.rejected)
+    assert C > R + 2
+    (pair,), report = dpo(record, max_prompt_length=P - 3)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (full.prompt[3:], full.chosen, full.rejected)
+    assert report.counts == {"prompts cut on the left": 1}
+    (pair,), report = dpo(record, max_length=P + R + 1)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (full.prompt, full.chosen[: R + 1], full.rejected)
+    assert report.counts == {"answers cut on the right": 1}
+    (pair,), report = dpo(record, max_length=P - 3 + 2, max_prompt_length=P - 3)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (full.prompt[3:], full.chosen[:2], full.rejected[:2])
+    assert report.counts["answers cut on the right"] == 1 + (R > 2)
+
+
+def test_equal_pairs_are_dropped_also_when_cutting_made_them_equal():
+    same = {"prompt": "a", "chosen": "one two three", "rejected": "one two four"}
+    found, report = dpo(PAIR, {**PAIR, "rejected": "b"})
+    assert [p.where for p in found] == ["f:1"] and report.kept == 1
+    assert report.counts == {"dropped: equal or empty answers": 1}
+    P = len(dpo(same)[0][0].prompt)
+    found, report = dpo({**same, "rejected": "5"}, same, max_length=P + 1)
+    assert [p.where for p in found] == ["f:1"] and report.counts["dropped: equal or empty answers"] == 1
+
+
+def test_a_prompt_that_fills_the_length_leaves_no_pair():
+    P = len(dpo(PAIR)[0][0].prompt)
+    for limit in (P, P - 1, 1):
+        with pytest.raises(BadInput, match="equal or empty"):
+            dpo(PAIR, max_length=limit)
+
+
+# ---- batches ----
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
+def test_an_epoch_is_a_permutation_by_seed_and_epoch_alone(lengths, batch_size, seed, epoch):
+    batches = data.order(lengths, batch_size, seed, epoch)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert len(batches) == math.ceil(len(lengths) / batch_size)
+    assert all(0 < len(batch) <= batch_size for batch in batches)
+    torch.manual_seed(epoch)  # other randomness does not reach it
+    assert data.order(lengths, batch_size, seed, epoch) == batches
+
+
+def test_epochs_and_seeds_differ():
+    orders = [data.order([5] * 40, 2, seed, epoch) for seed in (0, 1, 10) for epoch in (0, 1, 2)]
+    assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
+
+
+def test_batches_hold_similar_lengths_but_come_in_any_order():
+    lengths = [(37 * i) % 101 for i in range(640)]
+    batches = data.order(lengths, 8, 0, 0)
+    spans = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
+    assert sum(spans) / len(spans) < 10  # of 100: what is padded is little
+    firsts = [lengths[batch[0]] for batch in batches]
+    assert firsts[:32] != sorted(firsts[:32])  # no curriculum from short to long
+
+
+EXAMPLES = [
+    Example([1, 5, 6, 7, EOS], [0, 0, 1, 1, 1], "a"),
+    Example([1, 8, EOS], [1, 1, 1], "b"),  # nothing predicts the first token
+    Example([1, 9, EOS, 10, 11, EOS, 12], [0, 1, 1, 0, 1, 1, 0], "c"),  # turns
+]
+
+
+def targets_of(items):
+    """(row, position that predicts, token) of every target, by the definition."""
+    return [(b, t - 1, e.ids[t]) for b, e in enumerate(items) for t in range(1, len(e)) if e.mask[t]]
+
+
+def test_sft_batch_puts_each_target_where_it_is_predicted():
+    batch = data.sft_batch(EXAMPLES, lambda n: n)
+    found = batch.tensors
+    assert found["ids"].shape == (3, 7)
+    for row, example in zip(found["ids"].tolist(), EXAMPLES):
+        assert row[: len(example)] == example.ids
+    T = 7
+    where = [(int(i) // T, int(i) % T, int(label)) for i, label in zip(found["index"], found["labels"])]
+    assert where == targets_of(EXAMPLES)
+    assert found["row"].tolist() == [b for b, _, _ in targets_of(EXAMPLES)]
+    assert found["weights"].tolist() == [1.0] * 9
+    assert (batch.weight, batch.tokens, batch.where) == (9, 15, ["a", "b", "c"])
+    # eos is learnt, three times in the answers, whatever the padding is
+    assert found["labels"].tolist().count(EOS) == 4
+
+
+def test_dpo_batch_is_the_chosen_rows_and_then_the_rejected():
+    items = [Pair([1, 5], [6, 7, EOS], [8, EOS], "a"), Pair([1, 9, 10], [11, EOS], [12, 13, 14, EOS], "b")]
+    batch = data.dpo_batch(items, lambda n: n)
+    found = batch.tensors
+    rows = [[1, 5, 6, 7, EOS], [1, 9, 10, 11, EOS], [1, 5, 8, EOS], [1, 9, 10, 12, 13, 14, EOS]]
+    assert [row[: len(r)] for row, r in zip(found["ids"].tolist(), rows)] == rows
+    answers = [[6, 7, EOS], [11, EOS], [8, EOS], [12, 13, 14, EOS]]
+    for b, answer in enumerate(answers):
+        assert found["labels"][found["row"] == b].tolist() == answer
+    flat = found["ids"].flatten()
+    assert torch.equal(flat[found["index"] + 1], found["labels"])
+    assert (batch.weight, batch.tokens, batch.where) == (2, sum(map(len, rows)), ["a", "b"])
+    assert "reference" not in found
+    for pair, reference in zip(items, ((-1.0, -2.0), (-3.0, -4.0))):
+        pair.reference = reference
+    assert data.dpo_batch(items, lambda n: n).tensors["reference"].tolist() == [-1, -3, -2, -4]
+
+
+@pytest.mark.parametrize("kind", ["sft", "sigmoid", "ipo"])
+def test_a_bucket_changes_no_loss_and_no_gradient(kind):
+    """Padding to a device's static shapes adds targets of weight 0 only."""
+    model = make(vocab_size=TOKENIZER.vocab_size)
+    if kind == "sft":
+        method, items = training.sft(), EXAMPLES
+    else:
+        method, items = training.dpo(kind=kind, reference_free=True), [Pair([1, 5], [6, 7, EOS], [8, EOS], "a")]
+    results = []
+    for pad_to in (lambda n: n, lambda n: n + 13):
+        batch = method.batch(items, pad_to)
+        model.zero_grad()
+        sums = method.objective(model, batch.tensors)
+        sums["loss"].backward()
+        results.append((batch, {k: v.detach() for k, v in sums.items()}, [p.grad.clone() for p in model.parameters()]))
+    (plain, sums, grads), (padded, padded_sums, padded_grads) = results
+    assert padded.tensors["ids"].shape[1] == plain.tensors["ids"].shape[1] + 13
+    assert len(padded.tensors["index"]) == len(plain.tensors["index"]) + 13
+    assert padded.tensors["weights"].sum() == plain.tensors["weights"].sum()
+    assert (padded.weight, padded.tokens) == (plain.weight, plain.tokens)
+    torch.testing.assert_close(padded_sums, sums)
+    for one, other in zip(padded_grads, grads):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))

@@ -1,0 +1,126 @@
+"""metrics.jsonl, the lines and the bar of a run, and its picture."""
+
+import io
+import json
+import math
+import sys
+
+import pytest
+
+from minichat import metrics
+from minichat.metrics import Metrics
+
+SFT = [
+    {"step": i, "loss": 3.0 / i, "perplexity": 20.0, "lr": 1e-4, "tokens": 100 * i, "tokens_per_s": 5e4}
+    for i in (1, 2, 4)
+]
+EVALUATED = [*SFT[:2], {**SFT[2], "eval_loss": 1.5, "eval_perplexity": 4.5}]
+REWARDS = {"accuracy": 0.5, "margin": 0.1, "chosen_reward": 0.2, "rejected_reward": 0.1}
+DPO = [{**record, **REWARDS} for record in EVALUATED]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def write(folder, records, what="sft"):
+    with Metrics(folder, 4, what) as out:
+        for record in records:
+            out.write(record)
+
+
+def strict(text: str):
+    """JSON as others read it: without Python's NaN and Infinity."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_the_file_holds_every_record(tmp_path):
+    write(tmp_path, DPO)
+    found = [strict(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [{k: v for k, v in r.items() if k != "seconds"} for r in found] == DPO
+    assert 0 <= found[0]["seconds"] <= found[-1]["seconds"] < 10
+    assert metrics.read(tmp_path) == found
+
+
+def test_what_is_logged_is_there_if_the_run_dies(tmp_path):
+    out = Metrics(tmp_path, 4, "sft")
+    out.write(SFT[0])
+    assert metrics.read(tmp_path)[0]["loss"] == SFT[0]["loss"]  # not closed yet
+    out.__exit__(None, None, None)
+    write(tmp_path, SFT[:1])
+    assert len(metrics.read(tmp_path)) == 1  # a new run, a new file
+
+
+def test_infinity_is_null(tmp_path):
+    write(tmp_path, [{"step": 1, "loss": 800.0, "perplexity": math.inf, "lr": math.nan}])
+    found = strict((tmp_path / "metrics.jsonl").read_text())
+    assert found["perplexity"] is None and found["lr"] is None and found["loss"] == 800
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    write(tmp_path, EVALUATED, "sft")
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert not out and len(lines) == 3 and "\r" not in err
+    assert lines[0].startswith("sft 1/4 ") and "loss 3 " in lines[0] and "lr 0.0001" in lines[0]
+    assert "tokens_per_s 50000" in lines[0] and lines[0].endswith(" s left")
+    assert "eval_loss 1.5" in lines[2] and lines[2].endswith(" 0 s left")
+
+
+def test_a_bar_on_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "200")
+    write(tmp_path, SFT, "dpo")
+    last = terminal.getvalue().split("\r")[-1]
+    assert "dpo: 100%" in last and "4/4" in last and "loss=0.75" in last and "tokens_per_s=50000" in last
+    assert terminal.getvalue().count("\n") == 1  # one line, rewritten
+    assert len(metrics.read(tmp_path)) == 3
+
+
+def test_no_folder_no_file(capsys):
+    write(None, SFT)
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+PANELS = {
+    "sft": (SFT, {"loss": {"loss"}}),
+    "one step": (SFT[:1], {"loss": {"loss"}}),
+    "evaluated": (EVALUATED, {"loss": {"loss", "eval loss"}}),
+    "dpo": (
+        DPO,
+        {
+            "loss": {"loss", "eval loss"},
+            "rewards": {"margin", "chosen reward", "rejected reward"},
+            "accuracy": {"accuracy"},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("records, panels", PANELS.values(), ids=PANELS)
+def test_the_picture_shows_what_the_run_has(tmp_path, monkeypatch, records, panels):
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
+
+    from minichat import plots
+
+    seen = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k))[1])
+    write(tmp_path, records)
+    assert plots.draw_run(tmp_path) == tmp_path / "loss.png"
+    [figure] = seen
+    found = {axis.get_title(): {line.get_label() for line in axis.lines} for axis in figure.axes}
+    assert found == panels
+    for axis in figure.axes:
+        assert axis.get_xlabel() == "step" and axis.get_ylabel()
+        for line in axis.lines:
+            key = line.get_label().replace(" ", "_")
+            points = [(r["step"], r[key]) for r in records if key in r]
+            assert [tuple(map(float, xy)) for xy in line.get_xydata()] == points
+            assert len(points) > 2 or line.get_marker() == "o"  # a line of one point is nothing to see
+    assert not plt.get_fignums()  # closed: many runs in one process keep no figure alive
+    image = plt.imread(tmp_path / "loss.png")
+    assert image.shape[1] > 300 * len(panels) and image.std() > 0

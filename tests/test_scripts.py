@@ -1,0 +1,528 @@
+"""train.py, dpo.py, infer.py and minichat.evaluate as their users run them."""
+
+import io
+import json
+import math
+import os
+import resource
+import runpy
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import minichat
+from minichat import cli, evaluate, lora
+from minichat.assets import sums
+
+ROOT = Path(__file__).parent.parent
+LN2 = math.log(2)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(script, *flags, stdin="") -> (exit code, stdout, stderr), in this process and in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script, *flags, stdin=""):
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, flags)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin, newline=None))
+        pipe = signal.getsignal(signal.SIGPIPE)
+        capsys.readouterr()
+        code = 0
+        try:
+            if script == "evaluate":
+                cli.run(evaluate.main)
+            else:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as error:
+            code = error.code or 0
+        finally:
+            signal.signal(signal.SIGPIPE, pipe)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def done(run):
+    """run(), for what must succeed: its standard output."""
+
+    def call(*args, **kwargs):
+        code, out, err = run(*args, **kwargs)
+        assert code == 0, err
+        return out
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    kinds = {"sft": "sft", "pairs": "pairs", "test": "test", "text": "base"}
+    return {name: sums.write(kind, 24, 0, folder / f"{name}.jsonl") for name, kind in kinds.items()}
+
+
+@pytest.fixture(scope="module")
+def endless(base, tmp_path_factory):
+    """A model that never says </s>: its logit is 0, and some other of 700 is above that."""
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][2] = 0
+    save_file(tensors, folder / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 1 << 20}))
+    return folder
+
+
+def tree(folder) -> dict:
+    return {str(file): file.stat().st_size for file in Path(folder).rglob("*")}
+
+
+def records(run_folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(run_folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+SHORT = ("--steps", 3, "--log-every", 1, "--batch-size", 4, "--max-length", 256, "--lora-dropout", 0)
+PAIRS = ("--max-prompt-length", 100)
+
+
+# ---- runs ----
+
+
+def test_train_then_dpo_then_infer(done, base, files):
+    """Three runs, each over the one before; every run folder is a model."""
+    done("train.py", "--model", base, "--data", files["sft"], "--eval-data", files["sft"], "--out", "a", *SHORT)
+    done("dpo.py", "--model", "a", "--data", files["pairs"], "--out", "b", *SHORT, *PAIRS)
+    for folder in map(Path, "ab"):
+        names = {"config.json", "metrics.jsonl", "loss.png", "adapter"}
+        assert {file.name for file in folder.iterdir()} == names
+        assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        content = json.loads((folder / "config.json").read_text())
+        assert content["minichat"] == minichat.__version__ and content["flags"]["steps"] == 3
+        assert {"commit", "torch", "command"} <= content.keys()
+        logged = records(folder)
+        assert [r["step"] for r in logged] == [1, 2, 3]
+        assert all({"loss", "lr", "tokens", "tokens_per_s"} <= r.keys() for r in logged)
+        assert logged[0]["tokens"] < logged[1]["tokens"] < logged[2]["tokens"]
+    assert {"eval_loss", "eval_perplexity"} <= records("a")[-1].keys()
+    first = records("b")[0]  # the reference is what train.py made: at step 0 the policy is no other
+    assert first["loss"] == pytest.approx(LN2, abs=1e-6) and first["margin"] == 0
+
+    texts = [
+        done("infer.py", "--model", model, *flags, "--prompt", "calculate 1 + 2", "--max-new-tokens", 12)
+        for model, flags in ((base, ()), ("a", ()), ("b", ()), ("b", ("--int4",)), ("b/adapter", ("--int4",)))
+    ]
+    assert texts[3] == texts[4] and all(text.endswith("\n") for text in texts)
+    models = [minichat.load(model)[0] for model in (base, "a", "b")]
+    ids = torch.arange(3, 30)[None]
+    assert not torch.equal(models[0](ids), models[1](ids)) and not torch.equal(models[1](ids), models[2](ids))
+
+
+def test_the_same_seed_gives_the_same_run(done, base, files):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        flags = ("--data", files["sft"], "--seed", seed, "--lora-dropout", 0.1)
+        done("train.py", "--model", base, "--out", out, *SHORT, *flags)
+    a, b, c = (load_file(f"{out}/adapter/adapter_model.safetensors") for out in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a) and not any(torch.equal(a[key], c[key]) for key in a)
+    assert [r["loss"] for r in records("a")] == [r["loss"] for r in records("b")]
+
+
+def test_flags_from_a_file(done, base, files):
+    Path("my.args").write_text(
+        f"# a recipe\n--model '{base}' --data {files['sft']}\n\n--lr 3e-3   # peak\n--template 'neuralchat'\n"
+    )
+    done("train.py", "@my.args", *SHORT, "--lr", "2e-3", "--out", "out")
+    flags = json.loads(Path("out/config.json").read_text())["flags"]
+    assert flags["model"] == str(base) and flags["lr"] == 2e-3 and flags["template"] == "neuralchat"
+
+
+@pytest.mark.slow
+def test_full_training_from_a_config_then_full_dpo(done, base, files):
+    Path("shape").mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(base / name, "shape")
+    flags = ("--full", "--lr", 1e-3, *SHORT)
+    done(
+        "train.py", "--from-config", "shape", "--data", files["text"], "--out", "a", *flags, "--lr", 1e-2, "--steps", 20
+    )
+    assert records("a")[-1]["loss"] < records("a")[0]["loss"] - 0.5
+    done("dpo.py", "--model", "a", "--data", files["pairs"], "--out", "b", "--save-dtype", "bfloat16", *flags, *PAIRS)
+    first = records("b")[0]
+    assert first["loss"] == pytest.approx(LN2, abs=1e-5) and first["margin"] == pytest.approx(0, abs=1e-4)
+    assert {t.dtype for t in load_file("b/model/model.safetensors").values()} == {torch.bfloat16}
+    a, b = (minichat.load(folder)[0].state_dict() for folder in "ab")
+    assert not any(torch.equal(a[key], b[key]) for key in a)
+    transformers = pytest.importorskip("transformers")
+    other = transformers.AutoModelForCausalLM.from_pretrained(
+        "b/model", dtype=torch.float32, attn_implementation="eager"
+    )
+    ids = torch.arange(3, 40)[None]
+    torch.testing.assert_close(other(ids).logits, minichat.load("b")[0](ids), rtol=0, atol=1e-4)
+    assert "### Assistant:" in transformers.AutoTokenizer.from_pretrained("b/model").chat_template
+
+
+def test_training_over_int4(done, run, base, files):
+    """Loaded with the same flag it is what was trained, and takes no second adapter; without, it is merged."""
+    done("train.py", "--model", base, "--int4", "--data", files["sft"], "--out", "q", *SHORT)
+    code, _, err = run("infer.py", "--model", "q", "--int4", "--prompt", "add 2", "--max-new-tokens", 4)
+    assert code == 0 and "was trained over INT4" not in err
+    again = ("--data", files["pairs"], *SHORT, *PAIRS)
+    code, _, err = run("dpo.py", "--model", "q", "--int4", "--out", "r", *again)
+    assert code == 2 and "without --int4" in err and not Path("r").exists()
+    code, _, err = run("dpo.py", "--model", "q", "--out", "r", *again)
+    assert code == 0 and err.count("was trained over INT4") == 1
+    minichat.save(*minichat.load(base, int4=True), "packed")
+    code, _, err = run("train.py", "--model", "packed", "--full", "--data", files["sft"], "--out", "s", *SHORT)
+    assert code == 2 and "quantised" in err and not Path("s").exists()
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(done, run, base, files):
+    flags = ("--model", base, "--data", files["sft"], "--out", "a", *SHORT)
+    done("train.py", *flags, "--full")
+    done("train.py", *flags, "--overwrite")
+    assert not Path("a/model").exists() and lora.adapted(lora.load(minichat.load(base)[0], "a/adapter"))
+    before = tree("a")  # but a run never replaces what it starts from
+    code, _, err = run("train.py", "--model", "a", "--data", files["sft"], "--out", "a", "--overwrite", *SHORT)
+    assert code == 2 and "--out a" in err and tree("a") == before
+
+
+def test_an_unfinished_run_is_not_the_default(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("sft/adapter", "dpo"):
+        (Path("runs") / folder).mkdir(parents=True)
+    Path("runs/dpo/config.json").write_text('{"minichat": "0"}')
+    Path("runs/sft/adapter/adapter_config.json").write_text("{}")
+    assert cli.default_model("dpo", "sft") == Path("runs/sft")
+    shutil.rmtree("runs")
+    assert cli.default_model("dpo", "sft") == cli.BASE
+
+
+# ---- answers ----
+
+
+def test_answers_from_flags_a_file_and_a_pipe(done, base):
+    """However a prompt comes in, its answer is the same; several come in order."""
+    prompts = ["calculate 1 + 2", "What is 3 + 4?", "é, 你好 🙂"]
+    common = ("infer.py", "--model", base, "--max-new-tokens", 9)
+    lone = [done(*common, "--prompt", prompt) for prompt in prompts]
+    flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+    several = "".join(f"> {prompt}\n{text[:-1]}\n\n" for prompt, text in zip(prompts, lone))
+    assert done(*common, *flags) == done(*common, *flags, "--batch-size", 2) == several
+    Path("prompts.txt").write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
+    assert done(*common, "--file", "prompts.txt") == several
+    assert done(*common, stdin="\n".join(prompts)) == several
+    assert done(*common, "--file", "-", stdin="\r\n".join(prompts)) == several
+    joined = "a\u2028b\x0cc\x85d"  # one line, whatever str.splitlines() thinks
+    assert done(*common, stdin=joined + "\n") == done(*common, "--prompt", joined)
+
+    lines = done(*common, *flags, "--json").splitlines()
+    for line, prompt, text in zip(map(json.loads, lines), prompts, lone):
+        assert line["prompt"] == prompt and line["answer"] == text[:-1]
+        assert line["finish"] in ("stop", "length") and 0 < line["new_tokens"] <= 9
+        assert {"prompt_tokens", "first_token_seconds", "tokens_per_s"} <= line.keys()
+    assert len(lines) == 3
+
+
+def test_stop_and_system_and_sampling(done, endless):
+    common = ("infer.py", "--model", endless, "--max-new-tokens", 40, "--prompt", "add 1 and 2", "--json")
+    free = json.loads(done(*common))
+    assert free["finish"] == "length" and free["new_tokens"] == 40
+    text = free["answer"]
+    stop = next(text[i : i + 4] for i in range(8, len(text) - 4) if "\ufffd" not in text[i : i + 4])
+    stopped = json.loads(done(*common, "--stop", "never said", "--stop", stop))
+    assert stopped["finish"] == "stop" and stopped["answer"] == free["answer"].split(stop)[0]
+    assert json.loads(done(*common, "--system", "Be brief."))["prompt_tokens"] != free["prompt_tokens"]
+    drawn = [json.loads(done(*common, "--temperature", 1, "--seed", seed))["answer"] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_evaluate_is_the_answers_score(done, base, files):
+    wanted = [json.loads(line) for line in files["test"].read_text().splitlines()]
+    common = ("--model", base, "--max-new-tokens", 8)
+    found = json.loads(done("evaluate", "--data", files["test"], "--json", "--batch-size", 5, *common))
+    Path("questions").write_text("".join(record["question"] + "\n" for record in wanted))
+    lines = done("infer.py", "--file", "questions", "--json", *common).splitlines()
+    assert found["answers"] == [json.loads(line)["answer"] for line in lines]
+    shown = done("evaluate", "--data", files["test"], *common)
+    assert shown == f"exact match {found['exact_match']:.1%} of 24\n"
+
+
+# ---- bad input: one line, exit code 2, nothing written ----
+
+
+def error_of(result) -> str:
+    """The one line that a failed run says, beside what it did before."""
+    code, out, err = result
+    lines = [line for line in err.splitlines() if not line.startswith("minichat: ")]
+    assert code == 2 and not out and len(lines) == 1 and lines[0].startswith("error: "), (code, out, err)
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "script, flags, parts",
+    [
+        ("infer.py", ["--model", "none/at/all"], ["none/at/all"]),
+        ("infer.py", ["--model", "{base}/config.json"], ["config.json", "file"]),
+        ("infer.py", ["--model", "."], ["config.json"]),
+        ("infer.py", ["--model", "cut"], ["cut/model.safetensors"]),
+        ("infer.py", ["--model", "gpt2"], ["gpt2", "GPT2LMHeadModel"]),
+        ("infer.py", ["--adapter", "{base}"], ["adapter_config.json"]),
+        ("infer.py", ["--prompt", ""], ["empty"]),
+        ("infer.py", ["--prompt", "x", "--prompt", " \n"], ["empty"]),
+        ("infer.py", ["--prompt", "9 " * 600], ["1", "512", "--max-new-tokens"]),
+        ("infer.py", ["--max-new-tokens", "600"], ["600", "512"]),
+        ("infer.py", ["--max-new-tokens", "0"], ["--max-new-tokens", "0"]),
+        ("infer.py", ["--int4", "--group-size", "64"], ["down_proj", "96", "--group-size"]),
+        ("infer.py", ["--int4", "--group-size", "48"], ["48", "--group-size"]),
+        ("infer.py", ["--nonsense"], ["--nonsense", "--help"]),
+        ("infer.py", ["--temp", "1"], ["--temp"]),
+        ("infer.py", ["--bits", "3"], ["--bits", "3"]),
+        ("infer.py", ["--temperature", "-1"], ["temperature", "-1"]),
+        ("infer.py", ["--temperature", "nan"], ["temperature", "nan"]),
+        ("infer.py", ["--top-p", "0"], ["top_p", "0"]),
+        ("infer.py", ["--top-k", "many"], ["--top-k", "many"]),
+        ("infer.py", ["--seed", "-1"], ["--seed", "-1"]),
+        ("infer.py", ["--stop", ""], ["stop", "empty"]),
+        ("infer.py", ["--batch-size", "0"], ["--batch-size", "0"]),
+        ("infer.py", ["--device", "tpu"], ["tpu"]),
+        ("infer.py", ["--template", "nonsense"], ["nonsense", "neuralchat"]),
+        ("infer.py", ["--file", "missing.txt"], ["missing.txt"]),
+        ("infer.py", ["--file", "latin1.txt"], ["latin1.txt", "UTF-8"]),
+        ("infer.py", ["@missing.args"], ["missing.args"]),
+        ("infer.py", ["@open.args"], ["quot"]),
+        ("train.py", ["--data", "missing.jsonl"], ["missing.jsonl"]),
+        ("train.py", ["--data", "bad.jsonl"], ["bad.jsonl:3"]),
+        ("train.py", ["--data", "list.jsonl"], ["list.jsonl:2", "list"]),
+        ("train.py", ["--data", "fields.jsonl"], ["fields.jsonl:1", "question"]),
+        ("train.py", ["--data", "roles.jsonl"], ["roles.jsonl:1", "robot"]),
+        ("train.py", ["--data", "content.jsonl"], ["content.jsonl:1", "content"]),
+        ("train.py", ["--data", "empty.jsonl"], ["no record"]),
+        ("train.py", ["--data", "{pairs}"], ["pairs.jsonl:1", "dpo.py"]),
+        ("train.py", ["--eval-data", "bad.jsonl"], ["bad.jsonl:3"]),
+        ("train.py", ["--max-length", "1"], ["--max-length"]),
+        ("train.py", ["--lr", "-1"], ["--lr", "-1"]),
+        ("train.py", ["--lr", "nan"], ["--lr", "nan"]),
+        ("train.py", ["--steps", "0"], ["--steps", "0"]),
+        ("train.py", ["--epochs", "inf"], ["--epochs", "inf"]),
+        ("train.py", ["--warmup", "-0.1"], ["--warmup"]),
+        ("train.py", ["--betas", "0.9", "1"], ["--betas", "1.0"]),
+        ("train.py", ["--accumulate", "0"], ["--accumulate"]),
+        ("train.py", ["--lora-r", "0"], ["rank", "0"]),
+        ("train.py", ["--lora-dropout", "1"], ["--lora-dropout"]),
+        ("train.py", ["--lora-targets", "q_proj,query"], ["query", "q_proj"]),
+        ("train.py", ["--template", "nonsense"], ["nonsense"]),
+        ("train.py", ["--full", "--int4"], ["--full", "--int4"]),
+        ("train.py", ["--adapter", "somewhere"], ["--model somewhere"]),
+        ("train.py", ["--from-config", "{base}"], ["--from-config"]),
+        ("train.py", ["--out", "old"], ["--out old", "--overwrite"]),
+        ("train.py", ["--out", "old/metrics.jsonl"], ["old/metrics.jsonl", "file"]),
+        ("train.py", ["--out", "old/metrics.jsonl/below"], ["old/metrics.jsonl/below"]),
+        ("train.py", ["--out", "{base}"], ["--out", "config.json"]),
+        ("train.py", ["--out", "{base}", "--overwrite"], ["--out", "config.json"]),
+        ("dpo.py", ["--beta", "0"], ["--beta", "0"]),
+        ("dpo.py", ["--label-smoothing", "0.5"], ["label_smoothing", "0.5"]),
+        ("dpo.py", ["--loss", "ipo", "--label-smoothing", "0.1"], ["ipo"]),
+        ("dpo.py", ["--max-prompt-length", "256"], ["--max-prompt-length"]),
+        ("dpo.py", ["--data", "{sft}"], ["sft.jsonl:1", "chosen"]),
+        ("evaluate", ["--batch-size", "0"], ["--batch-size", "0"]),
+        ("evaluate", ["--data", "{sft}"], ["sft.jsonl:1", "question"]),
+        ("evaluate", ["--data", "empty.jsonl"], ["empty.jsonl"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_nothing_is_written(run, base, files, tmp_path, script, flags, parts):
+    good = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    for name, text in {
+        "bad.jsonl": good + "\n" + "{'a': 1}\n",
+        "list.jsonl": good + "[1]\n",
+        "fields.jsonl": '{"question": "x"}\n',
+        "roles.jsonl": good.replace("user", "robot"),
+        "content.jsonl": good.replace('"a"', "7"),
+        "empty.jsonl": "\n",
+        "open.args": "--prompt 'open\n",
+        "old/metrics.jsonl": "",
+        "cut/model.safetensors": "",
+        "gpt2/config.json": '{"architectures": ["GPT2LMHeadModel"]}',
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    shutil.copytree(base, tmp_path / "cut", dirs_exist_ok=True)
+    os.truncate(tmp_path / "cut" / "model.safetensors", 30_000)
+    (tmp_path / "latin1.txt").write_bytes("é\n".encode("latin1"))
+    data = {"train.py": files["sft"], "dpo.py": files["pairs"], "evaluate": files["test"]}
+    flags = [flag.format(base=base, **files) for flag in flags]
+    given = ["--model", base] if not {"--from-config"} & set(flags) else ["--full", "--model", base]
+    given += ["--data", data[script]] if script in data else []
+    given += ["--max-length", 256, "--max-prompt-length", 99][: {"train.py": 2, "dpo.py": 4}.get(script, 0)]
+    if script in ("train.py", "dpo.py"):
+        given += ["--out", "out", "--steps", 2]
+    elif not {"--prompt", "--file"} & set(flags) and script == "infer.py":
+        given += ["--prompt", "x", "--max-new-tokens", 4]
+    before = tree(tmp_path), tree(base)
+    error = error_of(run(script, *given, *flags))
+    for part in parts:
+        assert part in error
+    assert (tree(tmp_path), tree(base)) == before
+
+
+def test_a_run_that_diverges_has_its_log_and_nothing_to_load(run, base, files):
+    flags = ("--lr", 1e30, "--clip", 0, "--warmup", 0)
+    code, _, err = run("train.py", "--model", base, "--data", files["sft"], "--out", "a", *SHORT, *flags, "--steps", 9)
+    last = err.splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and "not finite" in last and f"{files['sft']}:" in last
+    assert {file.name for file in Path("a").iterdir()} == {"config.json", "metrics.jsonl"}
+
+
+def test_a_pipe_without_a_prompt_is_bad_input(run, base):
+    assert "empty" in error_of(run("infer.py", "--model", base, stdin="\n \n"))
+
+
+@pytest.mark.parametrize("flags", [(), ("--full",)], ids=["adapter", "full"])
+def test_a_full_disk_is_one_line(run, base, files, flags):
+    """A limit on the size of a file fails a write as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        result = run("train.py", "--model", base, "--data", files["sft"], "--out", "a", *SHORT, *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    code, _, err = result
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and "safetensors" in errors[0] and "Traceback" not in err
+    assert not [file for file in Path("a").rglob("*") if "safetensors" in file.name]
+
+
+# ---- processes ----
+
+
+def start(*command, **kwargs) -> subprocess.Popen:
+    kinds = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, *map(str, command)], **{**kinds, **kwargs})
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_an_answer_with_130(endless):
+    with start(ROOT / "infer.py", "--model", endless, "--prompt", "go", "--max-new-tokens", 500_000) as process:
+        assert process.stdout.read(20)  # it streams
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().splitlines()[-1] == "stopped" and b"Traceback" not in err
+    out.decode("utf-8", "strict")  # cut between characters
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+def test_standard_output_that_is_full_or_closed(base):
+    common = (ROOT / "infer.py", "--model", base, "--prompt", "go", "--max-new-tokens", 4)
+    with open("/dev/full", "w") as full, start(*common, stdout=full) as process:
+        _, err = process.communicate(timeout=60)
+    errors = [line for line in err.decode().splitlines() if not line.startswith("minichat: ")]
+    assert process.returncode == 2 and len(errors) == 1 and "No space left" in errors[0]
+    with start(*common) as process:
+        process.stdout.close()  # `infer.py … | head -0`
+        err = process.stderr.read()
+    assert process.returncode == -signal.SIGPIPE and b"Traceback" not in err
+
+
+class Terminal:
+    """A command in a terminal of its own."""
+
+    def __init__(self, *command):
+        spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+        self.process = start("-c", spawn, sys.executable, *command, stdin=subprocess.PIPE, stderr=None)
+        self.seen = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.__exit__(None, None, None)
+
+    def type(self, text) -> None:
+        self.process.stdin.write(text if isinstance(text, bytes) else text.encode())
+        self.process.stdin.flush()
+
+    def wait(self) -> None:
+        """For anything more that it shows."""
+        ready, _, _ = select.select([self.process.stdout], [], [], 60)
+        new = os.read(self.process.stdout.fileno(), 4096) if ready else b""
+        assert new, f"nothing after {self.seen!r}"
+        self.seen += new.decode("utf-8", "replace")
+
+    def until(self, wanted: str) -> str:
+        """What it shows from here on, up to and with `wanted`."""
+        while wanted not in self.seen:
+            self.wait()
+        shown, self.seen = self.seen.split(wanted, 1)
+        return shown + wanted
+
+
+@pytest.mark.slow
+def test_conversation_in_a_terminal(base, endless, tmp_path):
+    seeing = tmp_path / "model"  # all of a conversation: a window of 16 would forget the history by itself
+    shutil.copytree(base, seeing)
+    raw = json.loads((seeing / "config.json").read_text())
+    (seeing / "config.json").write_text(json.dumps({**raw, "sliding_window": None}))
+    with Terminal(ROOT / "infer.py", "--model", seeing, "--max-new-tokens", "12") as talk:
+
+        def asked(text) -> str:
+            """What comes before the next time that it asks, without the line of numbers."""
+            talk.until("you> ")
+            talk.type(text)
+            talk.until("\n")  # the echo
+            return talk.until("\n")
+
+        first, again = asked("add 1 and 2\n"), asked("add 1 and 2\n")
+        assert first != again  # the same words, but after a history
+        assert "UTF-8" in asked(b"\xff\xfe\n")
+        assert asked("/new\nadd 1 and 2\n")[-9:] == "1 and 2\r\n"  # the echo of the second line
+        assert first in talk.until("first token")
+        asked("9 " * 600 + "\n")  # forgets the history, and does not fit even so
+        talk.until("error: the prompt has")
+        talk.until("you> ")
+        talk.type("\x04")
+        assert talk.process.wait(30) == 0
+
+    with Terminal(ROOT / "infer.py", "--model", endless, "--max-new-tokens", "500000") as talk:
+        talk.until("you> ")
+        talk.type("go on\n")
+        talk.until("\n")
+        talk.wait()  # it streams
+        talk.type("\x03")
+        talk.until("(stopped)")
+        talk.until("you> ")
+        talk.type("\x03")
+        assert talk.process.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_the_embedded_default(tmp_path):
+    """The three commands with no other flag than a few steps, one after the other."""
+
+    def command(script, *flags):
+        with start(ROOT / script, *flags, cwd=tmp_path) as process:
+            out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err.decode()
+        return out.decode(), err.decode()
+
+    command("train.py", "--steps", 2)
+    _, err = command("dpo.py", "--steps", 2)
+    assert f"merged {tmp_path / 'runs/sft/adapter'}" in err or "merged runs/sft/adapter" in err
+    assert records(tmp_path / "runs/dpo")[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+    assert {"sft", "dpo"} == {file.name for file in (tmp_path / "runs").iterdir()}
+    for run_folder, count in (("sft", 3000), ("dpo", 1500)):
+        names = {file.name for file in (tmp_path / "runs" / run_folder).iterdir()}
+        assert names == {"config.json", "metrics.jsonl", "loss.png", "adapter", "data.jsonl"}
+        assert len((tmp_path / "runs" / run_folder / "data.jsonl").read_text().splitlines()) == count
+    out, err = command("infer.py", "--int4", "--prompt", "calculate 100 + 520 + 60", "--max-new-tokens", 16)
+    assert out.strip() and "loading runs/dpo" in err and "int4" in err and "tokens/s" in err and "GiB" in err

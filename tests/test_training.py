@@ -1,0 +1,424 @@
+"""The one loop against a plain one with transformers and torch, against trl, and its invariants."""
+
+import copy
+import json
+import math
+import random
+
+import pytest
+import torch
+from helpers import make, theirs
+
+from minichat import data, lora, losses, optim, training
+from minichat.data import Example, Pair
+from minichat.errors import BadInput
+from minichat.metrics import Metrics
+from minichat.training import Settings
+
+EOS = 0  # the id that batches are padded with, too
+
+
+def examples(n=8, seed=0):
+    """Sequences whose numbers of targets differ a lot: from 1 to 30."""
+    rng = random.Random(seed)
+    found = []
+    for i in range(n):
+        prompt, answer = rng.randrange(1, 6), (1, 30, 2, 3, 12)[i % 5]
+        ids = [rng.randrange(1, 97) for _ in range(prompt + answer - 1)] + [EOS]
+        found.append(Example(ids, [0] * prompt + [1] * answer, f"f:{i}"))
+    return found
+
+
+def pairs(n=4, seed=0):
+    rng = random.Random(seed)
+
+    def some(low, high):
+        return [rng.randrange(1, 97) for _ in range(rng.randrange(low, high))]
+
+    return [Pair(some(2, 6), some(1, 9) + [EOS], some(1, 9) + [EOS], f"f:{i}") for i in range(n)]
+
+
+def fit(model, method, items, eval_items=None, folder=None, **changes):
+    settings = Settings(**{"steps": 4, "batch_size": 2, "lr": 1e-2, "log_every": 1, **changes})
+    with Metrics(folder, training.count_steps(items, settings), "test") as metrics:
+        return training.fit(model, method, items, settings, metrics, eval_items)
+
+
+def adapted(**settings):
+    return lora.attach(make(), **{"r": 4, "alpha": 8, **settings})
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- the step ----
+
+
+def labels_of(items):
+    """transformers' batch: padded ids, and labels with -100 where nothing is learnt."""
+    T = max(map(len, items))
+    ids = torch.tensor([e.ids + [EOS] * (T - len(e)) for e in items])
+    labels = [[t if m else -100 for t, m in zip(e.ids, e.mask)] + [-100] * (T - len(e)) for e in items]
+    return ids, torch.tensor(labels)
+
+
+@torch.no_grad()
+def test_sft_loss_is_transformers():
+    """Normalised by the targets of the whole step, over micro-batches: 96 here, 4 to 42 each."""
+    loss_utils = pytest.importorskip("transformers.loss.loss_utils")
+    model, items = make(), examples()
+    parts = [items[:2], items[2:5], items[5:]]
+    targets = sum(sum(e.mask) for e in items)
+    for part in parts:
+        ids, labels = labels_of(part)
+        expected = loss_utils.ForCausalLMLoss(theirs(model)(ids).logits, labels, 97, num_items_in_batch=targets)
+        batch = data.sft_batch(part, lambda n: n)
+        assert batch.weight == int((labels != -100).sum())
+        torch.testing.assert_close(training.sft().objective(model, batch.tensors)["loss"] / targets, expected)
+
+
+@torch.no_grad()
+def test_padding_that_is_eos_is_masked_by_position():
+    """A batch's sums are those of its rows alone, with every row's own eos learnt."""
+    model, items, method = make(), examples(5), training.sft()
+    assert all(e.ids[-1] == EOS and e.mask[-1] for e in items)
+    alone = sum(method.objective(model, data.sft_batch([e], lambda n: n).tensors)["loss"] for e in items)
+    together = data.sft_batch(items, lambda n: n)
+    assert together.tensors["ids"][0, -1] == EOS  # padding
+    torch.testing.assert_close(method.objective(model, together.tensors)["loss"], alone)
+    full = 0
+    for e in items:
+        logps = torch.log_softmax(model(torch.tensor([e.ids]))[0].double(), dim=-1)
+        full -= sum(float(logps[t - 1, e.ids[t]]) for t in range(1, len(e)) if e.mask[t])
+    assert float(alone) == pytest.approx(full, rel=1e-5)
+
+
+@pytest.mark.parametrize("what", ["sft", "dpo"])
+def test_accumulation_is_the_same_step_however_it_is_split(what):
+    method, items = (training.sft(), examples(8)) if what == "sft" else (training.dpo(), pairs(8))
+    results = []
+    for batch_size, accumulate in ((8, 1), (2, 4), (1, 8), (3, 3)):
+        # eps: Adam's first step is lr * sign(gradient), also of a gradient that is rounding noise
+        model = adapted()
+        last = fit(model, method, items, batch_size=batch_size, accumulate=accumulate, eps=1e-3, warmup=0)
+        assert last["step"] == 4
+        results.append((last["loss"], model.state_dict()))
+    for loss, weights in results[1:]:
+        assert loss == pytest.approx(results[0][0], abs=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, results[0][1][name], rtol=0, atol=1e-6)
+
+
+def test_full_training_is_the_plain_loop_with_transformers(tmp_path):
+    """Their model, loss, schedule and clipping, torch's AdamW: the same losses, norms and final weights."""
+    transformers = pytest.importorskip("transformers")
+    items, steps = examples(6), 6
+    other = theirs(make()).train()
+    decayed = [p for p in other.parameters() if p.dim() > 1]
+    spared = [p for p in other.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-4)
+    scheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 2, steps)
+    expected = []
+    for _ in range(steps):
+        ids, labels = labels_of(items)
+        loss = other(ids, labels=labels).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+        expected.append((loss.item(), norm.item(), scheduler.get_last_lr()[0]))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    model = make()
+    settings = dict(lr=3e-3, warmup=2, clip=0.5, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1)
+    fit(model, training.sft(), items, folder=tmp_path, steps=steps, batch_size=3, accumulate=2, **settings)
+    assert min(norm for _, norm, _ in expected) > 0.5  # it clips
+    for record, (loss, norm, lr) in zip(logged(tmp_path), expected):
+        assert record["loss"] == pytest.approx(loss, abs=1e-4)
+        assert record["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        assert record["lr"] == pytest.approx(lr)
+    final = other.state_dict()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, final[name], rtol=0, atol=1e-5)
+
+
+# ---- the loop ----
+
+
+def test_a_tiny_task_is_learnt_and_the_base_stays(tmp_path):
+    model = adapted(dropout=0.05)
+    before = copy.deepcopy(model.state_dict())
+    last = fit(model, training.sft(), examples(), folder=tmp_path, steps=60)
+    losses_ = [record["loss"] for record in logged(tmp_path)]
+    assert sum(losses_[-8:]) < sum(losses_[:8]) / 4
+    assert last["step"] == 60 and not model.training
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]) != ("lora_" in name)
+
+
+def test_preferences_are_learnt(tmp_path):
+    """The chosen answers win, by a margin, on every pair."""
+    model = adapted(dropout=0.05)
+    last = fit(model, training.dpo(), pairs(), pairs(), tmp_path, steps=30, batch_size=4)
+    assert last["eval_accuracy"] == 1 and last["eval_margin"] > 1 and last["eval_loss"] < 0.4
+    first = logged(tmp_path)[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["margin"] == first["chosen_reward"] == first["rejected_reward"] == 0
+
+
+def test_float32_adapters_learn_over_a_bf16_base():
+    model = lora.attach(make().to(torch.bfloat16), r=4, alpha=8)
+    start = fit(model, training.sft(), examples(), steps=1, batch_size=8)["loss"]
+    assert fit(model, training.sft(), examples(), steps=60)["loss"] < start / 2
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("what", ["sft", "dpo"])
+def test_a_seed_gives_the_same_run_bit_for_bit(what):
+    method, items = (training.sft(), examples()) if what == "sft" else (training.dpo(), pairs())
+    models = [adapted(dropout=0.2) for _ in range(3)]
+    for model, seed in zip(models, (7, 7, 8)):
+        torch.rand(seed)  # what was drawn before does not matter
+        fit(model, method, items, seed=seed)
+    assert same(models[0], models[1])
+    assert not same(models[0], models[2])
+
+
+def test_evaluation_and_logging_do_not_touch_the_run():
+    plain, watched = adapted(dropout=0.2), adapted(dropout=0.2)
+    fit(plain, training.sft(), examples(), log_every=100)
+    fit(watched, training.sft(), examples(), examples(3, seed=1), eval_every=1)
+    assert same(plain, watched)
+
+
+def test_gradient_checkpointing_gives_the_same_weights():
+    """Bit for bit, with dropout: what is computed again drops the same."""
+    for method, items in ((training.sft(), examples()), (training.dpo(), pairs())):
+        models = [adapted(dropout=0.2) for _ in range(2)]
+        models[1].model.gradient_checkpointing = True
+        runs = [], []
+        for model, seen in zip(models, runs):
+            model.model.layers[0].register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
+            fit(model, method, items)
+        assert same(*models)
+        assert len(runs[1]) > len(runs[0])  # the block did run again
+
+
+def test_eval_numbers_are_those_by_hand():
+    """Over all targets of all records, not a mean of batches' means; without dropout."""
+    model, items = adapted(dropout=0.5), examples(7, seed=3)
+    for module in lora.adapted(model).values():
+        module.lora_B.weight.data.normal_(0, 0.1)
+    total = 0.0
+    for e in items:
+        logps = torch.log_softmax(model(torch.tensor([e.ids]))[0].double(), dim=-1)
+        total -= sum(logps[t - 1, e.ids[t]].item() for t in range(1, len(e)) if e.mask[t])
+    model.train()
+    for batch_size in (1, 3, 7):
+        found = training.evaluate(model, training.sft(), items, Settings(batch_size=batch_size))
+        assert found["loss"] == pytest.approx(total / sum(sum(e.mask) for e in items), rel=1e-5)
+        assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+        assert model.training
+    last = fit(model, training.sft(), examples(), items, lr=1e-12)
+    assert last["eval_loss"] == pytest.approx(found["loss"], abs=1e-5)
+
+
+@torch.no_grad()
+def answers(model, items):
+    """Summed log-probs of the (chosen, rejected) answers, each (B,) float64, one sequence at a time."""
+    found = []
+    for side in ("chosen", "rejected"):
+        for pair in items:
+            answer = getattr(pair, side)
+            logps = torch.log_softmax(model(torch.tensor([pair.prompt + answer]))[0].double(), dim=-1)
+            start = len(pair.prompt)
+            found.append(sum(logps[start + i - 1, t] for i, t in enumerate(answer)))
+    return torch.stack(found).view(2, -1)
+
+
+def test_full_dpo_keeps_the_reference_that_it_started_from(tmp_path):
+    model, items, method = make(), pairs(), training.dpo(0.5)
+    start = copy.deepcopy(model)
+    training.add_reference(model, method, items, Settings(batch_size=3))
+    reference = answers(start, items)
+    found = torch.tensor([pair.reference for pair in items]).T
+    torch.testing.assert_close(found.double(), reference, rtol=1e-5, atol=1e-4)
+    last = fit(model, method, items, items, tmp_path, batch_size=4, lr=1e-3)
+    first = logged(tmp_path)[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["chosen_reward"] == pytest.approx(0, abs=1e-5) == first["rejected_reward"]
+    # an adapter that does nothing yet refers to the same
+    adapter = training.evaluate(lora.attach(start, r=2), method, [copy.copy(p) for p in pairs()], Settings())
+    assert adapter["loss"] == pytest.approx(first["loss"], abs=1e-5)
+    lora.remove(start)
+    rewards = 0.5 * (answers(model, items) - reference)
+    assert last["eval_chosen_reward"] == pytest.approx(rewards[0].mean().item(), abs=1e-3)
+    assert last["eval_margin"] == pytest.approx((rewards[0] - rewards[1]).mean().item(), abs=1e-3)
+    assert last["eval_accuracy"] == (rewards[0] > rewards[1]).double().mean()
+    assert last["eval_margin"] > 0.1
+
+
+# ---- numbers of steps, and what is logged ----
+
+
+@pytest.mark.parametrize(
+    "records, batch_size, accumulate, epochs, expected",
+    [
+        (8, 2, 1, 1, 4),
+        (9, 2, 1, 1, 5),  # a last batch of one
+        (9, 2, 2, 1, 3),  # and a last step of one batch
+        (9, 2, 2, 2, 6),
+        (10, 2, 2, 1.5, 5),  # 4.5, as transformers rounds
+        (10, 2, 1, 0.5, 3),
+        (8, 2, 1, 0.01, 1),
+        (1, 8, 8, 3, 3),
+    ],
+)
+def test_steps_are_counted_over_epochs(records, batch_size, accumulate, epochs, expected, tmp_path):
+    seen = []
+    method = training.sft()
+    watched = training.Method(method.objective, lambda *a: seen.append(data.sft_batch(*a)) or seen[-1], method.summary)
+    settings = dict(steps=None, epochs=epochs, batch_size=batch_size, accumulate=accumulate)
+    assert training.count_steps(examples(records), Settings(**settings)) == expected
+    fit(adapted(targets=["q_proj"]), watched, examples(records), folder=tmp_path, **settings)
+    assert [record["step"] for record in logged(tmp_path)] == list(range(1, expected + 1))
+    names = [name for batch in seen for name in batch.where]
+    for start in range(0, len(names) - records + 1, records):  # every whole epoch has every record once
+        assert sorted(names[start : start + records]) == sorted(e.where for e in examples(records))
+    assert len(set(names)) == min(len(names), records)
+
+
+def test_every_epoch_has_its_own_order():
+    wheres = []
+    for _, batches in zip(range(8), training.steps(examples(8), Settings(batch_size=2), training.sft(), make().device)):
+        wheres += batches[0].where
+    assert wheres[:8] != wheres[8:] and sorted(wheres[:8]) == sorted(wheres[8:])
+
+
+def test_metrics_have_what_readers_rely_on(tmp_path):
+    items = examples(6)
+    settings = dict(steps=10, batch_size=3, accumulate=2, log_every=4, eval_every=3, schedule="linear", warmup=2)
+    last = fit(adapted(), training.sft(), items, examples(3, seed=1), tmp_path, **settings)
+    records = logged(tmp_path)
+    assert [record["step"] for record in records] == [1, 3, 4, 6, 8, 9, 10]
+    assert [record["step"] for record in records if "eval_loss" in record] == [3, 6, 9, 10]
+    per_step = sum(map(len, items))
+    for record in records:
+        assert {"step", "loss", "perplexity", "grad_norm", "lr", "tokens", "tokens_per_s"} <= record.keys()
+        assert record["tokens"] == per_step * record["step"]
+        assert record["tokens_per_s"] > 0
+        assert record["lr"] == optim.lr_at(record["step"] - 1, 10, 1e-2, "linear", 2)
+        assert record["perplexity"] == pytest.approx(losses.perplexity(record["loss"]))
+    assert last.items() <= records[-1].items()
+    assert records[0]["lr"] == 0
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_not_finite_stops_and_names_its_records(log_every):
+    """Also when it is read later, when the steps after it are not finite either."""
+    model, items = adapted(), examples(6)
+    second = data.order([len(e) for e in items], 2, 42, 0)[1]
+    model.model.embed_tokens.weight.data[50] = math.nan
+    for i, e in enumerate(items):
+        e.ids = [51 if token == 50 else token for token in e.ids]
+        e.ids[0] = 50 if i == second[0] else e.ids[0]
+    named = ", ".join(items[i].where for i in second)
+    with pytest.raises(BadInput, match=rf"not finite at step 2 .*records: {named};"):
+        fit(model, training.sft(), items, steps=3, log_every=log_every)
+
+
+def test_a_gradient_that_is_not_finite_stops_too():
+    """The square root of zero is finite, its gradient is not."""
+    method = training.sft()
+
+    def objective(model, tensors):
+        return {"loss": (method.objective(model, tensors)["loss"] * 0).sqrt()}
+
+    with pytest.raises(BadInput, match="gradient is not finite at step 1"):
+        fit(adapted(), training.Method(objective, data.sft_batch), examples())
+
+
+def test_nothing_to_learn_from_is_an_error():
+    for items in ([], ()):
+        with pytest.raises(BadInput, match="no record"):
+            fit(adapted(), training.sft(), items)
+    with pytest.raises(ValueError, match="nothing to train"):
+        fit(make().requires_grad_(False), training.sft(), examples())
+
+
+# ---- trl ----
+
+
+@pytest.mark.slow
+# trl 1.16 sets and reads what transformers 5.23 has renamed
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing` is deprecated:FutureWarning")
+def test_dpo_is_trls_trainer_step_for_step(tmp_path, monkeypatch):
+    """Full training, 5 steps of 2 x 2 pairs each: trl's logged losses, rewards and gradient norms, and its weights."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    items = pairs(4)
+    monkeypatch.setattr(trl.DPOTrainer, "_prepare_dataset", lambda self, dataset, *_: dataset)  # these are ids already
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w1"))
+    trainer = trl.DPOTrainer(
+        model=theirs(make()),
+        ref_model=theirs(make()),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            max_steps=5,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=1,
+            max_grad_norm=1.0,
+            adam_epsilon=1e-4,
+            weight_decay=0.0,
+            beta=0.3,
+            logging_steps=1,
+            save_strategy="no",
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, eos_token="w0", pad_token="w0", unk_token="w1"
+        ),
+        train_dataset=datasets.Dataset.from_list(
+            [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in items]
+        ),
+    )
+    trainer.train()
+    expected = [record for record in trainer.state.log_history if "loss" in record]
+
+    model, method = make(), training.dpo(0.3)
+    settings = dict(steps=5, batch_size=2, accumulate=2, lr=1e-3, warmup=1, eps=1e-4)
+    training.add_reference(model, method, items, Settings())
+    fit(model, method, items, folder=tmp_path, **settings)
+    names = {
+        "loss": "loss",
+        "chosen_reward": "rewards/chosen",
+        "rejected_reward": "rewards/rejected",
+        "margin": "rewards/margins",
+        "accuracy": "rewards/accuracies",
+        "lr": "learning_rate",
+    }
+    assert len(expected) == 5 and expected[-1]["loss"] < 0.6
+    for ours, other in zip(logged(tmp_path), expected):
+        for name, their_name in names.items():
+            if (name, ours["step"]) != ("accuracy", 1):  # of rewards that are 0 but for rounding
+                assert ours[name] == pytest.approx(other[their_name], abs=1e-4), (ours["step"], name)
+        assert ours["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    final = trainer.model.state_dict()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(weight, final[name], rtol=0, atol=1e-5)
