@@ -90,9 +90,7 @@ def measure(model: Path, kernel: str, save: Path | None = None) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--scratch", type=Path, help="keep the models here, to use them again"
-    )
+    parser.add_argument("--scratch", type=Path, help="keep the models here, to use them again")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--record", action="store_true", help="write bench/results/int4-cpu.json")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)

@@ -35,7 +35,13 @@ class Parser(argparse.ArgumentParser):
     """argparse with files of flags, `@recipes/x.args`: shell words, # comments, as many on a line as one likes."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=_Help, fromfile_prefix_chars="@", allow_abbrev=False)
+        super().__init__(
+            usage="%(prog)s [flags] [@file of flags]",  # the whole list comes below, grouped
+            description=description,
+            formatter_class=_Help,
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+        )
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         try:

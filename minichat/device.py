@@ -3,6 +3,7 @@
 Nothing is probed when this module is imported; Gaudi's bridge is imported only when an HPU is asked for.
 """
 
+import ctypes
 import os
 import resource
 import sys
@@ -67,6 +68,18 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.hpu.max_memory_allocated() / GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / GIB if sys.platform == "darwin" else peak * 1024 / GIB  # bytes on macOS, KiB on Linux
+
+
+def release_host_memory() -> None:
+    """Give what was freed back to the system, where the C library is glibc.
+
+    It keeps freed pieces under 32 MB for itself, and where they lie between others it never uses them again: a 7B
+    quantised as it is read would hold 1.2 GB of them.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def bucket(length: int, device: torch.device) -> int:

@@ -1,6 +1,10 @@
 """Set before torch is imported: what the suite needs of its environment."""
 
 import os
+import signal
+
+# A shell starts what ends in & with Ctrl-C ignored, and children inherit that; the tests send it to theirs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Some virtual machines report AMX and trap on its instructions; oneDNN would use them for bf16 matmuls.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")

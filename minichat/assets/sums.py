@@ -1,6 +1,7 @@
 """Sums of two and three numbers of up to three digits: the data of the embedded default.
 
     python -m minichat.assets.sums base  --count 40000 --seed 0 > base.jsonl    # plain sums and prose, to start from
+    python -m minichat.assets.sums reading --count 9000 --seed 0 > reading.jsonl  # questions in plain words, too
     python -m minichat.assets.sums sft   --count 3000  --seed 0 > sft.jsonl     # questions, answers of mixed quality
     python -m minichat.assets.sums pairs --count 1500  --seed 0 > pairs.jsonl   # the worked answer or a worse one
     python -m minichat.assets.sums test  --count 500   --seed 0 > test.jsonl    # sums that none of the above contains
@@ -134,6 +135,25 @@ def base(rng: random.Random) -> dict:
     return {"text": "\n".join(lines)}
 
 
+def reading(rng: random.Random) -> dict:
+    """A page of questions in plain words, each with its plain sums, and of numbers read in order; no worked answer."""
+    lines = []
+    while sum(map(len, lines)) < 230:
+        numbers = draw(rng, rng.choice((2, 3, 3)), test=False)
+        plus, listed, total = " + ".join(map(str, numbers)), listing(numbers), sum(numbers)
+        steps = [f"{sum(numbers[:i])} + {numbers[i]} = {sum(numbers[: i + 1])}" for i in range(1, len(numbers))]
+        forms = (
+            "\n".join([question(rng, numbers), *steps]),
+            "\n".join([f"The sum of {listed}:", *steps, f"The result is {total}."]),
+            f"{question(rng, numbers)}\n{plus}",
+            f"{question(rng, numbers)}\nThe first number is {numbers[0]}, the second number is {numbers[1]}.",
+            f"The numbers {listed}: add {numbers[0]} and {numbers[1]}" + f", then {numbers[-1]}." * (len(numbers) == 3),
+            f"{plus}: the last of the numbers ({numbers[-1]}), the first ({numbers[0]}), all: {listed}.",
+        )
+        lines.append(rng.choice((forms[0], forms[1], *forms)))
+    return {"text": "\n".join(lines)}
+
+
 def sft(rng: random.Random) -> dict:
     """A question and an answer of mixed quality: 55 % unworked, 45 % worked; a tenth of all answers is wrong."""
     numbers = draw(rng, rng.choice((2, 3, 3)), test=False)
@@ -163,7 +183,7 @@ def ask(rng: random.Random, numbers: list[int]) -> list[dict]:
     return [*system, {"role": "user", "content": question(rng, numbers)}]
 
 
-KINDS = {"base": base, "sft": sft, "pairs": pairs, "test": test}
+KINDS = {"base": base, "reading": reading, "sft": sft, "pairs": pairs, "test": test}
 
 
 def records(kind: str, count: int, seed: int = 0) -> Iterator[dict]:
