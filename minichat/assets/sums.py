@@ -140,17 +140,24 @@ def reading(rng: random.Random) -> dict:
     lines = []
     while sum(map(len, lines)) < 230:
         numbers = draw(rng, rng.choice((2, 3, 3)), test=False)
-        plus, listed, total = " + ".join(map(str, numbers)), listing(numbers), sum(numbers)
+        listed, total = listing(numbers), sum(numbers)
         steps = [f"{sum(numbers[:i])} + {numbers[i]} = {sum(numbers[: i + 1])}" for i in range(1, len(numbers))]
-        forms = (
-            "\n".join([question(rng, numbers), *steps]),
-            "\n".join([f"The sum of {listed}:", *steps, f"The result is {total}."]),
-            f"{question(rng, numbers)}\n{plus}",
-            f"{question(rng, numbers)}\nThe first number is {numbers[0]}, the second number is {numbers[1]}.",
-            f"The numbers {listed}: add {numbers[0]} and {numbers[1]}" + f", then {numbers[-1]}." * (len(numbers) == 3),
-            f"{plus}: the last of the numbers ({numbers[-1]}), the first ({numbers[0]}), all: {listed}.",
+        # what stands between a question and its numbers varies, so that they are found by what they are, not where
+        between = rng.choice(
+            ("\n", " ", "\n\n", f" {rng.choice(PROSE)}\n", f"\n{rng.choice(PROSE)} {rng.choice(PROSE)}\n")
         )
-        lines.append(rng.choice((forms[0], forms[1], *forms)))
+        asked = question(rng, numbers) + between
+        forms = (
+            asked + "\n".join(steps),
+            asked + f"The sum of {listed}:\n" + "\n".join([*steps, f"The result is {total}."]),
+            asked + f"Here we add {listed}: " + "; ".join(steps) + f"; the sum of {listed} is {total}",
+            asked + f"The first number is {numbers[0]}, the second number is {numbers[1]}.",
+            asked
+            + f"Add {numbers[0]} and {numbers[1]}"
+            + f", then the third number ({numbers[-1]})" * (len(numbers) == 3),
+            asked + f"Numbers: {listed}.",
+        )
+        lines.append(rng.choice(forms))
     return {"text": "\n".join(lines)}
 
 
