@@ -2,7 +2,7 @@
 
     python -m minichat.assets.sums base  --count 40000 --seed 0 > base.jsonl    # plain sums and prose, to start from
     python -m minichat.assets.sums reading --count 9000 --seed 0 > reading.jsonl  # questions in plain words, too
-    python -m minichat.assets.sums sft   --count 3000  --seed 0 > sft.jsonl     # questions, answers of mixed quality
+    python -m minichat.assets.sums sft   --count 8000  --seed 0 > sft.jsonl     # questions, answers of mixed quality
     python -m minichat.assets.sums pairs --count 1500  --seed 0 > pairs.jsonl   # the worked answer or a worse one
     python -m minichat.assets.sums test  --count 500   --seed 0 > test.jsonl    # sums that none of the above contains
     python -m minichat.assets.sums tokenizer --out FOLDER                       # the tokenizer, from base's text
@@ -142,15 +142,16 @@ def reading(rng: random.Random) -> dict:
         numbers = draw(rng, rng.choice((2, 3, 3)), test=False)
         listed, total = listing(numbers), sum(numbers)
         steps = [f"{sum(numbers[:i])} + {numbers[i]} = {sum(numbers[: i + 1])}" for i in range(1, len(numbers))]
-        # what stands between a question and its numbers varies, so that they are found by what they are, not where
+        # what stands between a number and where it is needed again varies: it is found by what it is, not where
+        step = rng.choice(("\n", "; ", "\n\n", f"\n\n{rng.choice(PROSE)}\n", f"\nNow the number {numbers[-1]}\n"))
         between = rng.choice(
             ("\n", " ", "\n\n", f" {rng.choice(PROSE)}\n", f"\n{rng.choice(PROSE)} {rng.choice(PROSE)}\n")
         )
         asked = question(rng, numbers) + between
         forms = (
-            asked + "\n".join(steps),
-            asked + f"The sum of {listed}:\n" + "\n".join([*steps, f"The result is {total}."]),
-            asked + f"Here we add {listed}: " + "; ".join(steps) + f"; the sum of {listed} is {total}",
+            asked + step.join(steps),
+            asked + f"The sum of {listed}:\n" + step.join([*steps, f"The result is {total}."]),
+            asked + f"Here we add {listed}: " + step.join(steps) + f"; the sum of {listed} is {total}",
             asked + f"The first number is {numbers[0]}, the second number is {numbers[1]}.",
             asked
             + f"Add {numbers[0]} and {numbers[1]}"
