@@ -65,7 +65,7 @@ def attach(
     Raises BadInput if a target matches nothing, an adapter is there already, or a number is out of range.
     """
     if adapted(model):
-        raise BadInput("the model has an adapter already; merge it first, or continue to train it with --resume")
+        raise BadInput("the model has an adapter already; merge it before you attach another: lora.merge(model)")
     if not 0 <= dropout < 1:
         raise BadInput(f"--lora-dropout is {dropout}; it is a share, 0 or more and below 1")
     linears = {n: m for n, m in model.named_modules() if hasattr(m, "in_features")}
