@@ -26,7 +26,7 @@ def questions(text: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, numbers)) for numbers in [*plus, *listed]]
 
 
-@pytest.mark.parametrize("kind, count", [("base", 3000), ("reading", 2000), ("sft", 3000), ("pairs", 1500)])
+@pytest.mark.parametrize("kind, count", [("base", 3000), ("sft", 3000), ("pairs", 1500)])
 def test_no_training_text_contains_a_held_out_sum(kind, count):
     """By the rule, and against the very test that the demo scores, in any order of the numbers."""
     test = {tuple(sorted(r["numbers"])) for seed in (1, 2, 42) for r in sums.records("test", 500, seed)}

@@ -1,7 +1,6 @@
 """Sums of two and three numbers of up to three digits: the data of the embedded default.
 
-    python -m minichat.assets.sums base  --count 40000 --seed 0 > base.jsonl    # plain sums and prose, to start from
-    python -m minichat.assets.sums reading --count 9000 --seed 0 > reading.jsonl  # questions in plain words, too
+    python -m minichat.assets.sums base  --count 70000 --seed 0 > base.jsonl    # plain sums and prose, to start from
     python -m minichat.assets.sums sft   --count 8000  --seed 0 > sft.jsonl     # questions, answers of mixed quality
     python -m minichat.assets.sums pairs --count 1500  --seed 0 > pairs.jsonl   # the worked answer or a worse one
     python -m minichat.assets.sums test  --count 500   --seed 0 > test.jsonl    # sums that none of the above contains
@@ -55,6 +54,9 @@ PROSE = (
     "# Notes\n\n## Numbers\n\n### Sums\n\nA list: one, two, three.",
     "Calculate, add, check. The total is the result of it all.",
     "Here the result from step one is used in step two (and so on).",
+    "Note 1: the result of part 1 is used in part 2, and that of part 2 in part 3.",
+    "Page 2 of 4: see note 1, to the end.",
+    "Rule 3 is like rule 2: add 0 and the number is the same.",
     "System, user and assistant are three words; \"prompt\" and 'answer' are two more!",
 )
 
@@ -112,54 +114,61 @@ def wrong(rng: random.Random, total: int) -> int:
 
 
 def base(rng: random.Random) -> dict:
-    """A page of plain sums, copied numbers and prose, at most 256 tokens; no chat and no worked answer."""
+    """A page of plain sums, of questions with the plain steps to their answer, and of prose, at most 256 tokens.
+
+    No template and no worked answer. What stands between a number and where it is needed again varies: it is found
+    by what it is, not by where it stands.
+    """
     lines = []
-    while sum(map(len, lines)) < 290:
+    while sum(map(len, lines)) < 260:
         kind = rng.random()
-        if kind < 0.07:
-            lines.append(rng.choice(PROSE))
-            continue
-        three = kind < 0.25
-        numbers = draw(rng, 3 if three else 2, test=False)
-        if not three and rng.random() < 0.5:  # the sums of second steps: a first number of up to four digits
-            numbers = draw(rng, 3, test=False)
-            numbers = [numbers[0] + numbers[1], numbers[2]]
-        plus, listed, total = " + ".join(map(str, numbers)), listing(numbers), sum(numbers)
-        forms = (f"{plus} = {total}",) * 5 + (
-            f"The sum of {listed} is {total}.",
-            f"Add {listed}\n{plus} = {total}",
-            f"{plus} = {total}, the third number ({numbers[-1]}), the answer {total}.",
-            f"the result {total}: {plus} = {total}",
-        )
-        lines.append(rng.choice(forms))
+        lines.append(rng.choice(PROSE) if kind < 0.06 else plain(rng) if kind < 0.55 else asked(rng))
     return {"text": "\n".join(lines)}
 
 
-def reading(rng: random.Random) -> dict:
-    """A page of questions in plain words, each with its plain sums, and of numbers read in order; no worked answer."""
-    lines = []
-    while sum(map(len, lines)) < 230:
-        numbers = draw(rng, rng.choice((2, 3, 3)), test=False)
-        listed, total = listing(numbers), sum(numbers)
-        steps = [f"{sum(numbers[:i])} + {numbers[i]} = {sum(numbers[: i + 1])}" for i in range(1, len(numbers))]
-        # what stands between a number and where it is needed again varies: it is found by what it is, not where
-        step = rng.choice(("\n", "; ", "\n\n", f"\n\n{rng.choice(PROSE)}\n", f"\nNow the number {numbers[-1]}\n"))
-        between = rng.choice(
-            ("\n", " ", "\n\n", f" {rng.choice(PROSE)}\n", f"\n{rng.choice(PROSE)} {rng.choice(PROSE)}\n")
-        )
-        asked = question(rng, numbers) + between
-        forms = (
-            asked + step.join(steps),
-            asked + f"The sum of {listed}:\n" + step.join([*steps, f"The result is {total}."]),
-            asked + f"Here we add {listed}: " + step.join(steps) + f"; the sum of {listed} is {total}",
-            asked + f"The first number is {numbers[0]}, the second number is {numbers[1]}.",
-            asked
-            + f"Add {numbers[0]} and {numbers[1]}"
-            + f", then the third number ({numbers[-1]})" * (len(numbers) == 3),
-            asked + f"Numbers: {listed}.",
-        )
-        lines.append(rng.choice(forms))
-    return {"text": "\n".join(lines)}
+def plain(rng: random.Random) -> str:
+    """One sum in plain form."""
+    three = rng.random() < 0.15
+    numbers = draw(rng, 3 if three else 2, test=False)
+    if not three and rng.random() < 0.5:  # the sums of second steps: a first number of up to four digits
+        numbers = draw(rng, 3, test=False)
+        numbers = [numbers[0] + numbers[1], numbers[2]]
+    plus, listed, total = " + ".join(map(str, numbers)), listing(numbers), sum(numbers)
+    forms = (f"{plus} = {total}",) * 6 + (
+        f"The sum of {listed} is {total}.",
+        f"Add {listed}{scrap(rng)}{plus} = {total}",
+        f"{plus} = {total}, the last number ({numbers[-1]}), the answer {total}.",
+        f"the result {total}: {plus} = {total}",
+    )
+    return rng.choice(forms)
+
+
+def asked(rng: random.Random) -> str:
+    """A question, and its numbers read in order or its sum, a plain step after the other."""
+    numbers = draw(rng, rng.choice((2, 3, 3)), test=False)
+    listed, total = listing(numbers), sum(numbers)
+    steps = [f"{sum(numbers[:i])} + {numbers[i]} = {sum(numbers[: i + 1])}" for i in range(1, len(numbers))]
+    note = rng.choice(("", "", f"({numbers[-1]})\n", f"{numbers[-1]}: "))
+    chain = (scrap(rng) + note).join(steps)
+    forms = (
+        chain,
+        chain,
+        f"The sum of {listed}:{scrap(rng)}{chain}{scrap(rng)}The result is {total}.",
+        f"Here we add {listed}: {chain}; the sum of {listed} is {total}",
+        f"Numbers: {listed}." if rng.random() < 0.5 else f"{numbers[-1]} is last, {numbers[0]} is first.",
+    )
+    return question(rng, numbers) + scrap(rng) + rng.choice(forms)
+
+
+def scrap(rng: random.Random) -> str:
+    """What parts two pieces of text: a newline, or a few words of prose."""
+    if rng.random() < 0.4:
+        return rng.choice(("\n", "\n", "\n\n", "; ", " "))
+    words = rng.choice(PROSE).split(" ")
+    first = rng.randrange(len(words))
+    words = " ".join(words[first : first + rng.randrange(1, 10)])
+    words = words.removesuffix("0 and")  # with the number that follows it would ask for a sum
+    return rng.choice(("\n", "\n\n", " ")) + words + rng.choice(("\n", " "))
 
 
 def sft(rng: random.Random) -> dict:
@@ -191,7 +200,7 @@ def ask(rng: random.Random, numbers: list[int]) -> list[dict]:
     return [*system, {"role": "user", "content": question(rng, numbers)}]
 
 
-KINDS = {"base": base, "reading": reading, "sft": sft, "pairs": pairs, "test": test}
+KINDS = {"base": base, "sft": sft, "pairs": pairs, "test": test}
 
 
 def records(kind: str, count: int, seed: int = 0) -> Iterator[dict]:
