@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-# Which torch to install first. Without a GPU, a fixed release: the newest would bring gigabytes of CUDA packages.
+# Which torch to install first. Without a GPU, a fixed release, of which pip's own settings can name a CPU build; where
+# they name none, an index may give the one with CUDA (TORCH=… asks for another: a version, a file, an address).
 # In Gaudi's container, none: its own torch is used, so the environment sees the system's packages.
 ifneq ($(wildcard /dev/accel/accel0),)
 TORCH ?=

@@ -14,6 +14,7 @@ from minichat.errors import BadInput
 
 
 def parse():
+    """The flags, and the names of those that are not at their defaults."""
     parser = cli.Parser(__doc__)
     cli.model_flags(parser, "without it: runs/dpo, else runs/sft, else the embedded base")
     cli.chat_flags(parser)
@@ -32,23 +33,32 @@ def parse():
     group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens already there are rarer")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     group.add_argument("--json", action="store_true", help="one JSON object an answer, nothing streamed")
-    return parser.parse_args()
+    args = parser.parse_args()
+    return args, {name for name, value in vars(args).items() if value != parser.get_default(name)}
 
 
 def main() -> None:
-    args = parse()
+    args, changed = parse()
+    if args.file == "":
+        raise BadInput("--file is empty; give it a file, or - for standard input")
+    for name in ("max_new_tokens", "max_length", "batch_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise BadInput(f"{flags([name])} is {value}; it must be 1 or more")
+    if sys.stdout is None:
+        raise BadInput("standard output is closed; answers go there")
     prompts = read_prompts(args)
-    if prompts is not None and not (prompts and all(prompt.strip() for prompt in prompts)):
-        raise BadInput("the prompt is empty; give --prompt TEXT, or --file FILE with a prompt a line")
-    if args.batch_size < 1:
-        raise BadInput(f"--batch-size is {args.batch_size}; it must be 1 or more")
-    args.model = args.model or cli.default_model("dpo", "sft")
+    if args.model is None:
+        args.model = cli.default_model("dpo", "sft")
 
     from minichat import converse, generation
 
     sampling = generation.Sampling(
         args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
     )
+    if args.temperature == 0 and (unused := changed & {"top_k", "top_p", "min_p"}):
+        raise BadInput(f"{flags(unused)} at --temperature 0, which draws nothing; give --temperature, such as 0.7")
+    if hasattr(sys.stdout, "reconfigure"):  # an answer is not lost for a character that the output cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     print(f"minichat: loading {args.model}", file=sys.stderr)
     talk = converse.Talk(args, *cli.load(args), sampling)
     if prompts is None:
@@ -57,14 +67,26 @@ def main() -> None:
         talk.answers(prompts)
 
 
-def read_prompts(args) -> list[str] | None:
-    """The prompts that the flags or a pipe give; None for a conversation."""
+def flags(names) -> str:
+    """Names of arguments as the user types them."""
+    return ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+
+
+def read_prompts(args) -> list[tuple[str, str]] | None:
+    """(where, prompt) of each prompt that the flags or a pipe give; None for a conversation."""
     if args.prompt is not None and args.file is not None:
         raise BadInput("--prompt and --file: give one of them")
     if args.prompt is not None:
-        return args.prompt
+        prompts = [(f"prompt {n} of {len(args.prompt)}", prompt) for n, prompt in enumerate(args.prompt, 1)]
+        for where, prompt in prompts:
+            if not prompt.strip():
+                raise BadInput(f"{where} is empty; --prompt takes a text")
+        return prompts
+    if args.file in (None, "-") and sys.stdin is None:
+        raise BadInput("standard input is closed; give --prompt TEXT or --file FILE")
     if args.file is None and sys.stdin.isatty():
         return None
+    name = "standard input" if args.file in (None, "-") else args.file
     try:
         if args.file in (None, "-"):
             text = sys.stdin.read()
@@ -72,9 +94,15 @@ def read_prompts(args) -> list[str] | None:
             with open(args.file, encoding="utf-8") as file:
                 text = file.read()
         text.encode()  # some locales let bad bytes through, as lone surrogates
-    except UnicodeError as error:
-        raise BadInput(f"{args.file or 'standard input'}: not UTF-8 text: {error}") from None
-    return [line for line in text.split("\n") if line.strip()]  # splitlines() knows nine more ends of a line
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        before = error.object[: error.start]
+        line = before.count(b"\n" if isinstance(before, bytes) else "\n") + 1
+        raise BadInput(f"{name}:{line}: not UTF-8 text: {error}") from None
+    lines = enumerate(text.split("\n"), 1)  # splitlines() knows nine more ends of a line
+    prompts = [(f"{name}:{number}", line) for number, line in lines if line.strip()]
+    if not prompts:
+        raise BadInput(f"{name} is empty or blank; give --prompt TEXT, or --file FILE with a prompt a line")
+    return prompts
 
 
 if __name__ == "__main__":

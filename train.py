@@ -13,10 +13,12 @@ from minichat.errors import BadInput
 
 def parse():
     parser = cli.Parser(__doc__)
-    cli.model_flags(parser, "without it: the embedded base")
-    parser.add_argument("--from-config", metavar="FOLDER", help="start from random weights: config.json and tokenizer")
-    cli.chat_flags(parser)
-    parser.add_argument("--learn", choices=["assistant", "all"], default="assistant", help="which tokens of a chat")
+    group = cli.model_flags(parser, "without it: the embedded base")
+    group.add_argument("--from-config", metavar="FOLDER", help="start from random weights: config.json and tokenizer")
+    group = cli.chat_flags(parser)
+    group.add_argument("--format", choices=["chat", "completion", "text"], help="of the records (without it: "
+                       "recognised by their fields)")  # fmt: skip
+    group.add_argument("--learn", choices=["assistant", "all"], default="assistant", help="which tokens of a chat")
     cli.training_flags(parser, cli.RUNS["sft"], lr=1e-4, warmup=0.03, batch_size=8, max_length=2048)
     return cli.parse(parser, "sft.args")
 

@@ -30,12 +30,12 @@ def make(folder: Path) -> None:
     from safetensors.torch import save_file
 
     from minichat.assets import sums
+    from minichat.files import write_json
     from minichat.model import Config, Mistral
-    from minichat.weights import INDEX, write_json
+    from minichat.weights import INDEX
 
     config = Config(32000, 4096, 14336, LAYERS, 32, 8, 128, 4096, 32768, rms_norm_eps=1e-5)
     sums.train_tokenizer(folder)
-    write_json(folder / "config.json", config.to_dict(torch.bfloat16))
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in Mistral(config).named_parameters()}
     files = {}
@@ -51,6 +51,7 @@ def make(folder: Path) -> None:
         save_file(tensors, folder / file, metadata={"format": "pt"})
         files |= dict.fromkeys(names, file)
     write_json(folder / INDEX, {"metadata": {}, "weight_map": files})
+    write_json(folder / "config.json", config.to_dict(torch.bfloat16))  # last: by it the folder is known to be whole
 
 
 def work(model: Path, save: Path | None, prompt: int, new: int) -> dict:

@@ -6,9 +6,13 @@
 Names are imported when they are first used, so that `--help` need not wait for torch.
 """
 
+import os
 from importlib import import_module
 
 from minichat.version import __version__
+
+# Gaudi's bridge comes with `import torch` and reads this then; without it, lazy mode is off from release 1.21 on
+os.environ.setdefault("PT_HPU_LAZY_MODE", "1")
 
 _FUNCTIONS = {
     "load": ("minichat.weights", "load_model"),

@@ -28,17 +28,34 @@ class View:
     """What the queries of one forward pass see; made once and used by every layer. None in its place is causal.
 
     q_pos: (B or 1, T), k_pos: (B or 1, S), int64. ordered: the keys' columns are in order and end with the queries'
-    own, so that a block of queries needs only a slice of them; a ring buffer's are not.
+    own, so that a block of queries needs only a slice of them; a ring buffer's are not. consecutive: the positions
+    are 0, 1, 2, … in both, so that blocks at the same distance from their first key see alike.
     """
 
     q_pos: Tensor
     k_pos: Tensor
     window: int | None
     ordered: bool
+    consecutive: bool = False
 
     def __post_init__(self):
-        one_block = self.q_pos.shape[1] <= QUERY_BLOCK
+        one_block = self.q_pos.shape[1] <= QUERY_BLOCK and not self.consecutive
         self.mask = visible(self.q_pos, self.k_pos, self.window) if one_block else None
+        self._biases: dict[tuple[int, int], Tensor] = {}
+
+    def block(self, start: int, end: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """The mask of queries start..end over keys first..last, for SDPA.
+
+        Of consecutive positions it is kept, as what is added to the scores: backward holds on to every layer's mask
+        in that form, and so the layers and most blocks hold one and the same.
+        """
+        if not self.consecutive:
+            return visible(self.q_pos[:, start:end], self.k_pos[:, first:last], self.window)
+        key = end - start, start - first
+        if key not in self._biases:
+            seen = visible(self.q_pos[:, start:end], self.k_pos[:, first:last], self.window)
+            self._biases[key] = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
+        return self._biases[key]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, view: View | None) -> Tensor:
@@ -54,13 +71,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, view: View | None) -> Tensor:
         end = min(start + QUERY_BLOCK, T)
         last = S - T + end
         first = max(0, S - T + start - W + 1) if view.ordered and W is not None else 0
-        mask = visible(view.q_pos[:, start:end], view.k_pos[:, first:last], W)
+        mask = view.block(start, end, first, last, q.dtype)
         blocks.append(attend(q[:, :, start:end], k[:, :, first:last], v[:, :, first:last], mask))
     return torch.cat(blocks, dim=2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax(q k^T / sqrt(Hd)) v by SDPA; mask (B or 1, 1, T, S) bool, True where seen, None causal with T == S.
+    """Softmax(q k^T / sqrt(Hd)) v by SDPA; mask (B or 1, 1, T, S) as SDPA takes it, None causal with T == S.
 
     Query head h reads key head h // (H / KvH). A few queries fold their group into T, so that decoding reads the
     cache once and never repeats it.
@@ -79,7 +96,8 @@ def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -
 
     Angles are float32 and cast last: in bf16, positions beyond 256 would share angles.
     """
-    inv_freq = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    # 1 / theta^x, rounded as transformers rounds it: an ulp more would be a thousand times that at position 10,000
+    inv_freq = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions[:, None, :, None].float() * inv_freq
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

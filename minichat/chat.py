@@ -205,6 +205,19 @@ def prompt_ids(messages: list[Message], template: str, tokenizer: Tokenizer) -> 
     return render(messages, template, tokenizer, add_generation_prompt=True, learn="all")[0]
 
 
+def stops(template: str, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The ids and the strings that end an answer: the tokenizer's ids, and what the template writes after an answer.
+
+    ChatML's <|im_end|> is a token of the models that were made for it, and to every other tokenizer plain text.
+    """
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text, spans, _ = _layout(turn, template_text(template, tokenizer), tokenizer, False)
+    end = text[slice(*spans[-1])].rpartition("b")[2].strip() if spans else ""
+    id = tokenizer.special_id(end)
+    ids = tokenizer.stop_ids if id is None else dict.fromkeys([*tokenizer.stop_ids, id])
+    return tuple(ids), (end,) if end and id is None else ()
+
+
 def _checked(messages: list[Message]) -> list[Message]:
     if not isinstance(messages, list | tuple) or not messages:
         raise BadInput(f"messages is {messages!r:.80}; it must be a list of at least one message")

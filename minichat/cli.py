@@ -5,12 +5,12 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minichat.errors import BadInput
@@ -39,15 +39,28 @@ class Parser(argparse.ArgumentParser):
             usage="%(prog)s [flags] [@file of flags]",  # the whole list comes below, grouped
             description=description,
             formatter_class=_Help,
-            fromfile_prefix_chars="@",
             allow_abbrev=False,
         )
 
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        try:
-            return shlex.split(line, comments=True)
-        except ValueError as error:
-            self.error(f"in a file of flags: {error}: {line}")
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        return super().parse_args(self._expanded(sys.argv[1:] if args is None else args), namespace)
+
+    def _expanded(self, words: Sequence[str]) -> list[str]:
+        """The words with those of files in the place of @file; what a flag takes is no file, also if it begins so."""
+        takes = {flag for action in self._actions if action.nargs is None for flag in action.option_strings}
+        found: list[str] = []
+        for before, word in zip(["", *words], words):
+            if not word.startswith("@") or before in takes:
+                found.append(word)
+                continue
+            try:
+                inside = shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+            except OSError as error:
+                self.error(f"file of flags {word[1:]}: {error.strerror}")
+            except ValueError as error:
+                self.error(f"file of flags {word[1:]}: {error}")
+            found += self._expanded(inside)
+        return found
 
     def error(self, message: str):
         self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
@@ -60,10 +73,21 @@ def seed(text: str) -> int:
     return value
 
 
-def model_flags(parser: Parser, default: str) -> None:
+def source(text: str) -> str:
+    """What --model and --adapter take: anything but nothing."""
+    if not text.strip():
+        raise ValueError
+    return text
+
+
+def model_flags(parser: Parser, default: str) -> "argparse._ArgumentGroup":
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="SOURCE", help=f"Hugging Face folder, run folder or hub id ({default})")
-    group.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter in PEFT's format, merged into the model")
+    group.add_argument(
+        "--model", type=source, metavar="SOURCE", help=f"Hugging Face folder, run folder or hub id ({default})"
+    )
+    group.add_argument(
+        "--adapter", type=source, metavar="FOLDER", help="a LoRA adapter in PEFT's format, merged into the model"
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or hpu")
     group.add_argument(
         "--dtype",
@@ -75,9 +99,10 @@ def model_flags(parser: Parser, default: str) -> None:
     group.add_argument("--group-size", type=int, default=32, help="weights that share a scale: 32, 64 or 128")
     group.add_argument("--asymmetric", action="store_true", help="give every group a zero-point beside its scale")
     group.add_argument("--seed", type=seed, default=42, help="of everything random; the same seed gives the same run")
+    return group
 
 
-def chat_flags(parser: Parser) -> None:
+def chat_flags(parser: Parser) -> "argparse._ArgumentGroup":
     group = parser.add_argument_group("text")
     group.add_argument(
         "--template",
@@ -85,14 +110,13 @@ def chat_flags(parser: Parser) -> None:
         help="auto (the model's own, else neuralchat), neuralchat, neuralchat-card, zephyr, chatml, mistral-instruct, "
         "none, or a .jinja file",
     )
+    return group
 
 
 def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_size: int, max_length: int) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--data", metavar="FILE", help="JSON lines (without it: sums made by minichat.assets.sums)")
     group.add_argument("--eval-data", metavar="FILE", help="JSON lines to evaluate on")
-    group.add_argument("--format", choices=["chat", "completion", "preference", "text"], help="of the records "
-                       "(without it: recognised by their fields)")  # fmt: skip
     group.add_argument("--max-length", type=int, default=max_length, help="tokens of a sequence, longer ones are cut")
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, default=out, help="the run folder: config.json, metrics.jsonl, loss.png, "
@@ -143,6 +167,10 @@ def check_training(args: argparse.Namespace) -> None:
         raise BadInput(f"--betas are {args.betas[0]} and {args.betas[1]}; both must be 0 or more and below 1")
     if args.steps is not None and args.steps < 1:
         raise BadInput(f"--steps is {args.steps}; it must be 1 or more")
+    if args.dtype == "float16":
+        raise BadInput("--dtype float16 loses small gradients; train in bfloat16 or float32")
+    if args.eval_every and not args.eval_data:
+        raise BadInput(f"--eval-every {args.eval_every} needs --eval-data to evaluate on")
     if args.full and (args.int4 or args.rslora):
         raise BadInput("--full trains float weights: it goes with neither --int4 nor --rslora")
     if args.adapter and not args.full:  # the new one would be saved as if it had been trained over --model alone
@@ -180,12 +208,22 @@ def default_model(*runs: str) -> Path:
 
 
 def start_run(args: argparse.Namespace) -> None:
-    """Make the run folder, without what an earlier run left, and its config.json: flags, versions and commit."""
+    """Make the run folder and its config.json: flags, versions and commit.
+
+    An earlier run in it is moved to replaced/ until this one has saved its result: one that fails loses nothing.
+    """
     import torch
 
     args.out.mkdir(parents=True, exist_ok=True)
-    for kind in RESULTS:
-        shutil.rmtree(args.out / kind, ignore_errors=True)
+    aside = args.out / "replaced"
+    failed = aside.exists()  # the run after that one: what it left goes, what it was to replace stays
+    for name in ("config.json", "metrics.jsonl", "loss.png", "data.jsonl", *RESULTS):
+        old = args.out / name
+        if failed:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        elif old.exists():
+            aside.mkdir(exist_ok=True)
+            old.rename(aside / name)
     content = {
         "minichat": __version__,
         "commit": _commit(),
@@ -196,6 +234,11 @@ def start_run(args: argparse.Namespace) -> None:
         "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
     }
     (args.out / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def end_run(args: argparse.Namespace) -> None:
+    """The run has its result: what it replaces is no longer needed."""
+    shutil.rmtree(args.out / "replaced", ignore_errors=True)
 
 
 def _commit() -> str | None:
@@ -222,6 +265,9 @@ def load(args: argparse.Namespace):
     """The model and tokenizer that the flags name."""
     from minichat import int4, weights
 
+    plain = (args.bits, args.group_size, args.asymmetric) == (4, 32, False)
+    if not args.int4 and not plain:
+        raise BadInput("--bits, --group-size and --asymmetric say how to quantise; add --int4")
     scheme = int4.Scheme(args.bits, args.group_size, not args.asymmetric)
     wanted = args.int4 and (scheme == int4.Scheme() or scheme)  # True: what is INT4 on disk stays as it is
     return weights.load_model(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)
@@ -229,13 +275,22 @@ def load(args: argparse.Namespace):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: bad input and failing disks are one line and exit code 2, Ctrl-C is 130."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `infer.py … | head` ends quietly
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `infer.py … | head` ends quietly
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except BadInput as error:
         sys.exit(_fail(str(error)))
     except OSError as error:
         sys.exit(_fail(f"{error.filename or 'the system'}: {error.strerror or error}"))
+    except (MemoryError, RuntimeError) as error:
+        # torch's own class for it is there only once torch is, and its CPU allocator raises none
+        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
+            raise
+        sys.exit(_fail(f"out of memory: {error!s:.200}; try a smaller --batch-size, --max-length, or --int4"))
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)

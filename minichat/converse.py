@@ -1,8 +1,12 @@
 """What infer.py does once the model is there: answer prompts, or hold a conversation in the terminal."""
 
 import argparse
+import codecs
+import contextlib
 import json
 import sys
+from collections.abc import Sequence
+from typing import TextIO
 
 from minichat import chat, device, generation
 from minichat.errors import BadInput
@@ -18,40 +22,55 @@ class Talk:
     def __init__(self, args: argparse.Namespace, model: Mistral, tokenizer: Tokenizer, sampling: Sampling):
         self.args, self.model, self.tokenizer, self.sampling = args, model, tokenizer, sampling
         context = model.config.max_position_embeddings
-        self.limit = min(args.max_length or context, context)
+        self.limit = context if args.max_length is None else min(args.max_length, context)
         self.template = chat.template_text(args.template, tokenizer)
+        self.stop_ids, stop = chat.stops(self.template, tokenizer)
+        self.stop = [*args.stop, *stop]
         say(describe(model))
 
     def ids(self, messages: list[dict]) -> list[int]:
-        """The prompt's ids; BadInput if they and an answer pass the context."""
+        """The prompt's ids; BadInput if they are none of the model's, or pass the context with an answer."""
         ids = chat.prompt_ids(messages, self.template, self.tokenizer)
-        if len(ids) + self.args.max_new_tokens > self.limit:
+        if not self.fits(ids):
             raise BadInput(
                 f"the prompt has {len(ids)} tokens; with --max-new-tokens {self.args.max_new_tokens} it passes "
                 f"{self.limit}, the model's context or --max-length"
             )
+        generation.check(self.model, [ids], self.args.max_new_tokens)
         return ids
 
-    def messages(self, prompt: str) -> list[dict]:
-        system = [{"role": "system", "content": self.args.system}] if self.args.system else []
-        return [*system, {"role": "user", "content": prompt}]
+    def fits(self, ids: list[int]) -> bool:
+        return len(ids) + self.args.max_new_tokens <= self.limit
+
+    def messages(self, prompt: str, history: Sequence[dict] = ()) -> list[dict]:
+        system = [] if self.args.system is None else [{"role": "system", "content": self.args.system}]
+        return [*system, *history, {"role": "user", "content": prompt}]
 
     def answer(self, prompts: list[list[int]], on_text=None) -> list[Answer]:
-        args = self.args
+        new = self.args.max_new_tokens
         return generation.answer(
-            self.model, self.tokenizer, prompts, args.max_new_tokens, self.sampling, args.stop, on_text=on_text
+            self.model, self.tokenizer, prompts, new, self.sampling, self.stop, self.stop_ids, on_text
         )
 
-    def answers(self, prompts: list[str]) -> None:
-        """Answer every prompt; one is streamed, several come in batches and in order."""
-        rendered = [self.ids(self.messages(prompt)) for prompt in prompts]
+    def answers(self, prompts: list[tuple[str, str]]) -> None:
+        """Answer every (where, prompt); one is streamed, several come in batches and in order.
+
+        Raises BadInput that says where a bad prompt is, before any is answered.
+        """
+        rendered = []
+        for where, prompt in prompts:
+            try:
+                rendered.append(self.ids(self.messages(prompt)))
+            except BadInput as error:
+                raise BadInput(f"{where}: {error}") from None
         for start in range(0, len(prompts), self.args.batch_size):
             batch = rendered[start : start + self.args.batch_size]
             alone = len(prompts) == 1 and not self.args.json
             found = self.answer(batch, on_text=_print if alone else None)
-            for prompt, answer in zip(prompts[start:], found):
+            for (_, prompt), answer in zip(prompts[start:], found):
                 if self.args.json:
-                    print(json.dumps(self.record(prompt, answer), ensure_ascii=False), flush=True)
+                    # where characters must be escaped, by JSON's rules: those of backslashreplace are others
+                    print(json.dumps(self.record(prompt, answer), ensure_ascii=not _is_utf8(sys.stdout)), flush=True)
                 elif alone:
                     print(flush=True)
                 else:
@@ -80,11 +99,14 @@ class Talk:
 
     def conversation(self) -> None:
         """Ask and answer with history, until Ctrl-D or Ctrl-C at the prompt; Ctrl-C in an answer ends the answer."""
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            with contextlib.suppress(ImportError):  # not everywhere
+                import readline  # noqa: F401  input() then has arrow keys and remembers lines
         say("Ctrl-C ends an answer, Ctrl-D the conversation; /new forgets it")
         history: list[dict] = []
         while True:
             try:
-                line = input("you> ").strip()
+                line = _ask("you> ").strip()
                 line.encode()  # some locales let bad bytes through, as lone surrogates
             except (EOFError, KeyboardInterrupt):
                 print(file=sys.stderr)
@@ -96,11 +118,10 @@ class Talk:
                 history = []
             if not line or line == "/new":
                 continue
-            messages = self.messages(line)
-            turn = [*messages[:-1], *history, messages[-1]]
             try:
-                ids = self.fit(turn)
-            except BadInput as error:  # this line is too long: the conversation goes on without it
+                history, ids = self.fit(history, line)
+            except BadInput as error:
+                say("the conversation goes on without this line")
                 print(f"error: {error}", file=sys.stderr)
                 continue
             pieces: list[str] = []
@@ -113,18 +134,20 @@ class Talk:
                 self.report_after(self.answer([ids], on_text=show))
             except KeyboardInterrupt:
                 print("\n(stopped)", file=sys.stderr)
-            history += [messages[-1], {"role": "assistant", "content": "".join(pieces)}]
+            if pieces:  # a question without an answer is as if it had not been asked: templates want them in turns
+                said = {"role": "assistant", "content": "".join(pieces)}
+                history = [*history, {"role": "user", "content": line}, said]
 
-    def fit(self, turn: list[dict]) -> list[int]:
-        """The ids of a conversation, its oldest turns dropped until an answer fits."""
-        start = 1 if turn[0]["role"] == "system" else 0
-        while len(turn) - start >= 3:
-            ids = chat.prompt_ids(turn, self.template, self.tokenizer)
-            if len(ids) + self.args.max_new_tokens <= self.limit:
-                return ids
-            turn = [*turn[:start], *turn[start + 2 :]]
+    def fit(self, history: list[dict], line: str) -> tuple[list[dict], list[int]]:
+        """What of the history has room, its oldest turns dropped, and the ids of that and the new line.
+
+        Raises BadInput for a line that has no room even alone.
+        """
+        self.ids(self.messages(line))
+        while not self.fits(ids := chat.prompt_ids(self.messages(line, history), self.template, self.tokenizer)):
+            history = history[2:]
             say("the conversation passes the context: its oldest turn is forgotten")
-        return self.ids(turn)
+        return history, ids
 
     def report_after(self, found: list[Answer]) -> None:
         print(flush=True)
@@ -133,3 +156,15 @@ class Talk:
 
 def _print(_row: int, piece: str) -> None:
     print(piece, end="", flush=True)
+
+
+def _ask(prompt: str) -> str:
+    """A line of standard input. The prompt is no answer: it goes to standard output on a terminal only."""
+    if sys.stdout.isatty():
+        return input(prompt)  # readline must know the prompt
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
+
+
+def _is_utf8(stream: TextIO) -> bool:
+    return codecs.lookup(getattr(stream, "encoding", None) or "utf-8").name == "utf-8"

@@ -29,13 +29,18 @@ class Example:
 
 @dataclass
 class Pair:
-    """A prompt with a preferred and a dispreferred answer, as ids."""
+    """A prompt with a preferred and a dispreferred answer, as ids. masks: 1 on the tokens of each that count."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     where: str
     reference: tuple[float, float] | None = None  # log-probs of the answers under a reference that is gone
+    masks: tuple[list[int], list[int]] | None = None  # of chosen and rejected; None: all of their tokens count
+
+    def __post_init__(self):
+        if self.masks is None:
+            self.masks = [1] * len(self.chosen), [1] * len(self.rejected)
 
     def __len__(self) -> int:
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
@@ -163,9 +168,11 @@ def examples(
             sequences = list(_sequences(name, content, tokenizer, template, max_length, learn, report))
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
+        spoken = name == "text" or learn == "all" or any(message["role"] == "assistant" for message in content)
         for ids, mask in sequences:
             if not any(mask[1:]):  # nothing predicts the first token
-                report.counts["dropped: no target within --max-length"] += 1
+                why = "no target within --max-length" if spoken else "no assistant turn"
+                report.counts[f"dropped: {why}"] += 1
                 continue
             found.append(Example(ids, mask, where))
             report.tokens += len(ids)
@@ -220,25 +227,25 @@ def pairs(
     Pairs whose answers are equal are dropped. Raises BadInput for a record that is none, or if none is left.
     """
     found, report = [], Report()
+    template = chat.template_text(template, tokenizer)
     for where, record in sources:
         recognise(record, where, "preference")
         try:
             prompt, chosen, rejected = _preference(record)
             head = chat.prompt_ids(prompt, template, tokenizer)
-            # the prompt's ids begin the ids with its answer, whatever the template: what follows is the answer
-            answers = [chat.render([*prompt, *a], template, tokenizer)[0][len(head) :] for a in (chosen, rejected)]
+            answers = [_answer(prompt, answer, len(head), template, tokenizer) for answer in (chosen, rejected)]
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from None
         if len(head) > max_prompt_length:
             head = head[-max_prompt_length:]
             report.counts["prompts cut on the left"] += 1
         room = max(0, max_length - len(head))
-        report.counts["answers cut on the right"] += sum(len(a) > room for a in answers)
-        good, bad = (a[:room] for a in answers)
-        if good == bad or not good or not bad:
+        report.counts["answers cut on the right"] += sum(len(ids) > room for ids, _ in answers)
+        (good, good_mask), (bad, bad_mask) = ((ids[:room], mask[:room]) for ids, mask in answers)
+        if good == bad or not any(good_mask) or not any(bad_mask):
             report.counts["dropped: equal or empty answers"] += 1
             continue
-        found.append(Pair(head, good, bad, where))
+        found.append(Pair(head, good, bad, where, masks=(good_mask, bad_mask)))
         report.tokens += 2 * len(head) + len(good) + len(bad)
     report.kept = len(found)
     report.counts = +report.counts
@@ -247,24 +254,42 @@ def pairs(
     return found, report
 
 
+def _answer(prompt: list[dict], answer: list[dict], start: int, template: str, tokenizer: Tokenizer) -> tuple:
+    """The ids of an answer to a prompt of `start` ids, and the mask of those that count.
+
+    They are what SFT would learn of it, and what the template writes after that: NeuralHermes' answers end
+    "<|im_end|>\\n", and its loss sums all of it, as trl's does.
+    """
+    ids, mask = chat.render([*prompt, *answer], template, tokenizer)
+    # the prompt's ids begin the ids with its answer, whatever the template: what follows is the answer
+    ids, mask = ids[start:], mask[start:]
+    if answer[-1]["role"] == "assistant":
+        last = max((i for i, learnt in enumerate(mask) if learnt), default=len(mask))
+        mask[last:] = [1] * len(mask[last:])
+    return ids, mask
+
+
 # ---- batches ----
 
 
-def order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of an epoch's batches, of similar lengths each, in an order that depends on seed and epoch alone.
+def order(lengths: list[int], batch_size: int, accumulate: int, seed: int, epoch: int) -> list[list[list[int]]]:
+    """Indices of an epoch's records: the micro-batches of each optimiser step; by seed and epoch alone.
 
-    Shuffled, then sorted by length within stretches of 32 batches, so that little is padded; the batches shuffled.
+    A step is a random sample, and only within it do similar lengths go together, so that less is padded. Whole steps
+    of similar lengths would be cheaper and learn worse: lengths go with content, and a step of short answers alone
+    teaches that answers are short.
     """
-    rng = random.Random(f"order {seed} {epoch}")
     indices = list(range(len(lengths)))
-    rng.shuffle(indices)
-    stretch = 32 * batch_size
-    found = []
-    for start in range(0, len(indices), stretch):
-        near = sorted(indices[start : start + stretch], key=lengths.__getitem__)
-        found += [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
-    rng.shuffle(found)
-    return found
+    random.Random(f"order {seed} {epoch}").shuffle(indices)
+    size = batch_size * accumulate
+    samples = [indices[i : i + size] for i in range(0, len(indices), size)]
+    return [by_length(lengths, batch_size, sample) for sample in samples]
+
+
+def by_length(lengths: list[int], batch_size: int, indices: Iterable[int] | None = None) -> list[list[int]]:
+    """These indices (None: all) in batches of similar lengths, short ones first."""
+    near = sorted(range(len(lengths)) if indices is None else indices, key=lengths.__getitem__)
+    return [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
 
 
 def _padded(rows: list[list[int]], masks: list[list[int]], pad_to: Callable[[int], int]) -> dict[str, Tensor]:
@@ -299,9 +324,9 @@ def sft_batch(items: list[Example], pad_to: Callable[[int], int]) -> Batch:
 
 def dpo_batch(items: list[Pair], pad_to: Callable[[int], int]) -> Batch:
     """A micro-batch of B pairs as 2B rows, the chosen ones first; its weight is its number of pairs."""
-    answers = [(p.prompt, p.chosen) for p in items] + [(p.prompt, p.rejected) for p in items]
-    rows = [prompt + answer for prompt, answer in answers]
-    tensors = _padded(rows, [[0] * len(p) + [1] * len(a) for p, a in answers], pad_to)
+    rows = [p.prompt + p.chosen for p in items] + [p.prompt + p.rejected for p in items]
+    masks = [[0] * len(p.prompt) + p.masks[side] for side in (0, 1) for p in items]
+    tensors = _padded(rows, masks, pad_to)
     if items[0].reference is not None:
         tensors["reference"] = torch.tensor([p.reference[side] for side in (0, 1) for p in items])
     return Batch(tensors, len(items), sum(map(len, rows)), [p.where for p in items])

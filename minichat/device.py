@@ -5,6 +5,7 @@ Nothing is probed when this module is imported; Gaudi's bridge is imported only 
 
 import ctypes
 import os
+import re
 import resource
 import sys
 
@@ -15,26 +16,27 @@ from minichat.errors import BadInput
 GIB = 1 << 30
 
 
-def pick(name: str | None = None) -> torch.device:
+def pick(name: str | torch.device | None = None) -> torch.device:
     """The device called `name` ("cpu", "cuda", "cuda:1", "hpu"); None or "auto" takes the best one that is there.
 
     Raises BadInput if the device is unknown or not there.
     """
-    if name in (None, "auto"):
+    name = "auto" if name is None else str(name)
+    if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         # a node of the Gaudi driver; asking the bridge itself would import it on every other machine
         if os.path.exists("/dev/accel/accel0") and _bridge(required=False):
             return torch.device("hpu")
         return torch.device("cpu")
-    kind = name.split(":")[0]
-    if kind not in ("cpu", "cuda", "hpu"):
+    match = re.fullmatch(r"(cpu|cuda|hpu)(?::([0-9]{1,4}))?", name)
+    if not match or (match[1] == "cpu" and int(match[2] or 0)):
         raise BadInput(f"device {name!r} is unknown; choose --device from auto, cpu, cuda, cuda:N, hpu")
+    kind, index = match.groups()
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise BadInput(f"device {name!r} is not there: torch {torch.__version__} sees no GPU; try --device cpu")
-        index = name.split(":")[1] if ":" in name else "0"
-        if not index.isdigit() or int(index) >= torch.cuda.device_count():
+        if int(index or 0) >= torch.cuda.device_count():
             raise BadInput(f"device {name!r} is not there: {torch.cuda.device_count()} GPU(s), numbered from 0")
     if kind == "hpu":
         _bridge(required=True)
@@ -50,14 +52,6 @@ def mark_step(device: torch.device) -> None:
     """End a lazy graph: after backward, after the optimiser's step, once per decoded token. Nothing elsewhere."""
     if device.type == "hpu":
         sys.modules["habana_frameworks.torch.core"].mark_step()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until all work queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "hpu":
-        torch.hpu.synchronize()
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -83,9 +77,15 @@ def release_host_memory() -> None:
 
 
 def bucket(length: int, device: torch.device) -> int:
-    """The padded length for `length` tokens: a new shape is a new graph on an HPU, and costs nothing on the CPU."""
+    """The padded length for `length` tokens.
+
+    A new shape is a new graph on an HPU: powers of two. It costs CUDA a choice of kernel, which multiples of 64 keep
+    rare, and the CPU nothing.
+    """
     if device.type == "cpu":
         return length
+    if device.type == "cuda":
+        return -(-length // 64) * 64
     size = 128
     while size < length:
         size *= 2
@@ -97,17 +97,8 @@ def tokens_between_syncs(device: torch.device) -> int:
     return 1 if device.type == "cpu" else 16
 
 
-def collective_backend(device: torch.device) -> str:
-    """torch.distributed's backend for this device: nccl, hccl or gloo."""
-    if device.type == "hpu":
-        import habana_frameworks.torch.distributed.hccl  # noqa: F401  (registers the backend)
-
-    return {"cuda": "nccl", "hpu": "hccl", "cpu": "gloo"}[device.type]
-
-
 def _bridge(required: bool) -> bool:
-    """Import Gaudi's PyTorch bridge in lazy mode; False, or BadInput if required, when no HPU is there."""
-    os.environ.setdefault("PT_HPU_LAZY_MODE", "1")  # the default changed to 0 with release 1.21
+    """Import Gaudi's PyTorch bridge; False, or BadInput if required, when no HPU is there."""
     try:
         import habana_frameworks.torch.core  # noqa: F401
 

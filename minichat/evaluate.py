@@ -20,7 +20,8 @@ def last_number(text: str) -> str:
 
     "1,234.5" is one number, "3,4" and "3-4" are two, and a minus sign is one where no digit or letter precedes it.
     """
-    numbers = re.findall(r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?", text)
+    number = r"(?:(?<!\w)-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
+    numbers = re.findall(number, text.replace("\N{MINUS SIGN}", "-"))
     return numbers[-1].replace(",", "") if numbers else text.strip()
 
 
@@ -28,14 +29,16 @@ def exact_match(model, tokenizer, records: Sequence[dict], template: str, batch_
     """Greedy answers to {"question", "answer"} records: {"exact_match": share, "answers": the texts}."""
     from minichat import chat, generation
 
+    stop_ids, stop = chat.stops(template, tokenizer)
     prompts = [chat.prompt_ids([{"role": "user", "content": r["question"]}], template, tokenizer) for r in records]
     texts = [""] * len(records)
     by_length = sorted(range(len(records)), key=lambda i: len(prompts[i]))
     for start in range(0, len(by_length), batch_size):
         rows = by_length[start : start + batch_size]
-        answers = generation.generate(model, [prompts[i] for i in rows], max_new_tokens, stop_ids=tokenizer.stop_ids)
-        for i, ids in zip(rows, answers):
-            texts[i] = tokenizer.decode(ids)
+        batch = [prompts[i] for i in rows]
+        answers = generation.answer(model, tokenizer, batch, max_new_tokens, generation.Sampling(), stop, stop_ids)
+        for i, answer in zip(rows, answers):
+            texts[i] = answer.text
     right = [last_number(text) == last_number(str(r["answer"])) for text, r in zip(texts, records)]
     return {"exact_match": sum(right) / len(right), "answers": texts}
 

@@ -38,10 +38,14 @@ class Sampling:
     def __post_init__(self):
         rules = {
             "temperature": (0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "an integer, 0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1 (off)"),
             "min_p": (0 <= self.min_p <= 1, "from 0 (off) to 1"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
+            "seed": (
+                self.seed is None or (isinstance(self.seed, int) and 0 <= self.seed < 1 << 63),
+                "0 or more, below 2^63",
+            ),
         }
         for name, (right, rule) in rules.items():
             if not right:
@@ -58,7 +62,7 @@ def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: t
     if seen is not None:
         penalty = sampling.repetition_penalty  # CTRL, arXiv 1909.05858, section 4.1
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-6:  # there is nothing but the largest, and dividing by it would overflow
         return logits.argmax(dim=-1)
     logits = restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     uniform = torch.rand(logits.shape, device=logits.device, generator=generator).clamp_min(1e-20)
@@ -112,7 +116,7 @@ def decode(
         ids[row, T - len(prompt) :] = torch.tensor(prompt)
         positions[row, T - len(prompt) :] = torch.arange(len(prompt))
     ids, positions = ids.to(where), positions.to(where)
-    cache = KVCache(model.config, B, device.bucket(T + max_new_tokens, where), where, model.dtype)
+    cache = KVCache(model.config, B, T + device.bucket(max_new_tokens, where), where, model.dtype)
     position = positions[:, -1:] + 1
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=where)
     done = torch.zeros(B, dtype=torch.bool, device=where)
@@ -225,7 +229,9 @@ def answer(
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Answer]:
     """Texts for prompts, streamed: on_text(row, piece) gets whole characters, never a part of a stop string."""
-    stops = tuple(tokenizer.stop_ids) if stop_ids is None else tuple(stop_ids)
+    # a special token has no text in the answer: as a stop string it is its id
+    special = [id for text in stop if (id := tokenizer.special_id(text)) is not None]
+    stops = (*(tokenizer.stop_ids if stop_ids is None else stop_ids), *special)
     rows = range(len(prompts))
     streams = [TextStream(tokenizer, list(stop)) for _ in rows]
     ids: list[list[int]] = [[] for _ in rows]

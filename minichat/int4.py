@@ -117,7 +117,7 @@ class Int4Linear(nn.Module):
     ) -> "Int4Linear":
         """From codes (out, in) uint8, scale (out, in / G) and zero (out, in / G) uint8 or None; packed where they are.
 
-        Raises BadInput if they do not fit together.
+        Raises BadInput if their shapes and types do not fit together.
         """
         device = q.device if device is None else torch.device(device)
         kernel = kernels.for_device(device)
@@ -152,17 +152,23 @@ class Int4Linear(nn.Module):
         # nn.Module moves and casts through here; our buffers move, and are repacked if the kind of device changes
         packed = self.packed
         target = fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device
+        kernel = kernels.named(self.kernel)
         if target.type != self.device.type:
             kernel = kernels.for_device(target)
             packed = kernel.pack(*self.unpack(), self.bits)
-            self.kernel = _name(kernel)
-        for name in ("codes", "scale", "zero"):
-            del self._buffers[name]
-        super()._apply(fn, recurse)
         scale_bits = torch.int32 if packed.scale.dtype == torch.float32 else torch.int16  # casts leave integers alone
-        self.register_buffer("codes", fn(packed.codes), persistent=False)
-        self.register_buffer("scale", fn(packed.scale.view(scale_bits)).view(packed.scale.dtype), persistent=False)
-        self.register_buffer("zero", None if packed.zero is None else fn(packed.zero), persistent=False)
+        moved = {
+            "codes": fn(packed.codes),
+            "scale": fn(packed.scale.view(scale_bits)).view(packed.scale.dtype),
+            "zero": None if packed.zero is None else fn(packed.zero),
+        }
+        kept = {name: self._buffers[name] for name in moved}
+        self._buffers.update(dict.fromkeys(moved))  # hidden, or casts would reach them
+        try:
+            super()._apply(fn, recurse)
+            kept, self.kernel = moved, _name(kernel)
+        finally:
+            self._buffers.update(kept)
         return self
 
     def extra_repr(self) -> str:
@@ -199,6 +205,8 @@ def quantize(
     anything is changed, if a linear does not fit the scheme or carries an adapter, or if there is none.
     """
     scheme = Scheme(bits, group_size, symmetric, tuple(skip))
+    if any(isinstance(module, Int4Linear) for module in model.modules()):
+        raise BadInput("the model is quantised already, with one scheme for all; quantise the float model")
     linears = {name: module for name, module in model.named_modules() if wanted(name, module, scheme)}
     if not linears:
         raise BadInput(f"the model has no nn.Linear to quantise, apart from {', '.join(scheme.skip) or 'nothing'}")

@@ -1,9 +1,10 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685), hand-written, and PEFT's files for them."""
 
+import copy
 import hashlib
-import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minichat import files
 from minichat.errors import BadInput
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # PEFT's key is this and ours
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# entries of PEFT's config under which these tensors would mean something else
+UNSUPPORTED = ("use_dora", "fan_in_fan_out", "modules_to_save", "lora_bias", "layer_replication",
+               "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config")  # fmt: skip
 
 
 class Lora:
@@ -141,15 +146,10 @@ class Adapter:
 
         self.folder = Path(folder)
         file = self.folder / WEIGHTS
-        try:
-            self.config = json.loads((self.folder / CONFIG).read_text())
-        except OSError as error:
-            raise BadInput(f"{self.folder / CONFIG}: {error.strerror}; wanted is a folder in PEFT's format") from None
-        except ValueError as error:
-            raise BadInput(f"{self.folder / CONFIG}: not JSON: {error}") from None
-        if not isinstance(self.config, dict) or self.config.get("peft_type") != "LORA":
+        self.config = files.read_json(self.folder / CONFIG)
+        if self.config.get("peft_type") != "LORA":
             raise BadInput(f"{self.folder / CONFIG}: not a LoRA adapter; minichat reads peft_type LORA")
-        for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "lora_bias", "layer_replication"):
+        for key in UNSUPPORTED:
             if self.config.get(key):
                 raise BadInput(f"{self.folder / CONFIG}: {key} is not supported")
         start = str(self.config.get("init_lora_weights"))
@@ -201,7 +201,9 @@ class Adapter:
             for target in targets:
                 if not any(_names(target, name) for name in self.pairs):
                     raise BadInput(f"{self.folder}: the adapter has nothing for {target!r}")
-            self.pairs = {n: pair for n, pair in self.pairs.items() if any(_names(t, n) for t in targets)}
+            chosen = copy.copy(self)
+            chosen.pairs = {n: pair for n, pair in self.pairs.items() if any(_names(t, n) for t in targets)}
+            return chosen
         return self
 
     def delta(self, name: str, shape: torch.Size) -> Tensor | None:
@@ -219,7 +221,10 @@ class Adapter:
 
 
 def fingerprint(file: Path) -> str:
-    """A short hash of a safetensors file: its size, its header, and the first and last 64 KiB of each of 16 parts."""
+    """A short hash of a safetensors file: its size, its header, the beginnings of 16 parts of it, and its end.
+
+    It tells one training from another, which moves every weight; not a file with a few bytes changed.
+    """
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
@@ -232,16 +237,19 @@ def fingerprint(file: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(model: nn.Module, folder: str | Path, only: Sequence[str] | None = None, dropout: float = 0.0) -> nn.Module:
+def load(
+    model: nn.Module, folder: "str | Path | Adapter", only: Sequence[str] | None = None, dropout: float = 0.0
+) -> nn.Module:
     """Attach the adapter in `folder` (PEFT's format) to the model, unmerged; the model.
 
     only: restrict it to these modules, as neural-chat-7b-v3-2 does with q_proj, k_proj and v_proj. The base may be
-    another than the adapter's own, if every module fits. Raises BadInput if it does not fit.
+    another than the adapter's own, if every module fits: a line on standard error says so where both are known.
+    Raises BadInput if it does not fit.
     """
     if adapted(model):
         raise BadInput("the model has an adapter already; merge it before loading another")
     adapter = folder if isinstance(folder, Adapter) else Adapter(folder)
-    adapter.only(only)
+    adapter = adapter.only(only)
     modules = dict(model.named_modules())
     for name, (A, B, _) in adapter.pairs.items():
         module = modules.get(name)
@@ -250,6 +258,9 @@ def load(model: nn.Module, folder: str | Path, only: Sequence[str] | None = None
         if (module.out_features, module.in_features) != (B.shape[0], A.shape[1]):
             shape = (module.out_features, module.in_features)
             raise BadInput(f"{adapter.folder}: made for {name} of shape {(B.shape[0], A.shape[1])}, not {shape}")
+    own, here = adapter.metadata.get("base_fingerprint"), getattr(model, "identity", None)
+    if own and here and own != here:
+        print(f"minichat: {adapter.folder} was trained over other weights than these", file=sys.stderr)
     model.requires_grad_(False)
     config = adapter.config
     rslora = bool(config.get("use_rslora"))
@@ -260,13 +271,14 @@ def load(model: nn.Module, folder: str | Path, only: Sequence[str] | None = None
         r = A.shape[0]
         _mix_in(modules[name], A, B, r, s * (math.sqrt(r) if rslora else r), dropout, rslora)
     model.lora = {
-        "r": config["r"],
-        "alpha": config["lora_alpha"],
+        "r": config.get("r") or max(A.shape[0] for A, _, _ in adapter.pairs.values()),  # or patterns give every one
+        "alpha": config.get("lora_alpha") or 1,
         "dropout": dropout,
         "targets": sorted(short if named == adapter.pairs.keys() else adapter.pairs),
         "rslora": rslora,
         "rank_pattern": config.get("rank_pattern") or {},
         "alpha_pattern": config.get("alpha_pattern") or {},
+        "int4": adapter.metadata.get("int4"),
     }
     return model
 
@@ -301,29 +313,9 @@ def save(model: nn.Module, folder: str | Path, base: str | None = None, metadata
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / (WEIGHTS + ".part")
-    try:
-        write_tensors(tensors, part, metadata)
-        part.replace(folder / WEIGHTS)
-    finally:
-        part.unlink(missing_ok=True)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. Raises BadInput naming it if it cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    file.touch()
-    mode = file.stat().st_mode
-    try:
-        save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as error:
-        raise BadInput(f"{file}: cannot be written: {error}") from None
-    file.chmod(mode)  # that of any new file: the library makes its own readable by their owner alone
+    with files.staged(folder, last=CONFIG) as new:
+        files.write_tensors(tensors, new / WEIGHTS, metadata)
+        files.write_json(new / CONFIG, config)
 
 
 @torch.no_grad()
@@ -344,6 +336,8 @@ def merge(model: nn.Module) -> float:
             raise BadInput(
                 f"{name} shares its weight with another module, which merging would change; leave it unmerged"
             )
+    if over := model.lora.get("int4"):
+        say_merged_over(f"the adapter was trained over INT4 weights ({over}) and is merged into float weights")
     worst = 0.0
     for module in modules.values():
         delta = (module.lora_B.weight @ module.lora_A.weight) * module.lora_scale
@@ -352,6 +346,11 @@ def merge(model: nn.Module) -> float:
         worst = max(worst, rounding(exact, module.weight))
     remove(model)
     return worst
+
+
+def say_merged_over(what: str) -> None:
+    """Tell that an adapter is merged into other weights than it has learnt to correct."""
+    print(f"minichat: {what}: expect a small loss; --int4 with the same options uses it as trained", file=sys.stderr)
 
 
 def rounding(exact: Tensor, rounded: Tensor) -> float:

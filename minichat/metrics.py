@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -47,7 +48,11 @@ class Metrics:
         else:
             left = seconds / max(1, record["step"]) * (self.steps - record["step"])
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
-            print(f"{self.what} {record['step']}/{self.steps}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+            line = f"{self.what} {record['step']}/{self.steps}  {text}  {left:.0f} s left"
+            try:
+                print(line, file=sys.stderr, flush=True)
+            except BrokenPipeError:  # `2>&1 | head` has seen enough; the run goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _short(value: float) -> str:

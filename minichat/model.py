@@ -43,11 +43,14 @@ class Config:
         """
         if not isinstance(raw, dict):
             raise BadInput(f"config.json holds a {type(raw).__name__}, not an object")
-        architecture = (raw.get("architectures") or ["none"])[0]
+        architectures = raw.get("architectures") or ["none"]
+        architecture = architectures[0] if isinstance(architectures, list) else architectures
         if architecture not in ARCHITECTURES:
             raise BadInput(f"architecture {architecture} is not supported; minichat runs {', '.join(ARCHITECTURES)}")
         mistral = architecture == "MistralForCausalLM"
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or 4
+        if not isinstance(rope, dict):
+            raise BadInput(f"rope_scaling is {rope!r} in config.json; it must be an object, or null")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise BadInput(f"RoPE scaling {kind!r} is not supported; minichat runs checkpoints without one")
@@ -60,14 +63,22 @@ class Config:
         def size(field: str, default: int | None = None) -> int:
             value = raw.get(field)
             value = default if value is None else value
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
                 raise BadInput(f"{field} is {value!r} in config.json; it must be a positive integer")
             return value
 
         def number(field: str, value) -> float:
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e38:
                 raise BadInput(f"{field} is {value!r} in config.json; it must be a positive number")
             return float(value)
+
+        def token(field: str, default: int | None) -> int | list[int] | None:
+            value = raw.get(field, default)
+            several = isinstance(value, list) and field == "eos_token_id"
+            for one in value if several else [] if value is None else [value]:
+                if not isinstance(one, int) or isinstance(one, bool):
+                    raise BadInput(f"{field} is {value!r} in config.json; it must be a token's id, or null")
+            return value
 
         heads = size("num_attention_heads")
         hidden = size("hidden_size")
@@ -90,9 +101,9 @@ class Config:
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             initializer_range=number("initializer_range", raw.get("initializer_range", 0.02)),
             architecture=architecture,
-            bos_token_id=raw.get("bos_token_id", 1),
-            eos_token_id=raw.get("eos_token_id", 2),
-            pad_token_id=raw.get("pad_token_id"),
+            bos_token_id=token("bos_token_id", 1),
+            eos_token_id=token("eos_token_id", 2),
+            pad_token_id=token("pad_token_id", None),
         )
         if heads % config.num_key_value_heads:
             raise BadInput(f"{heads} attention heads do not share {config.num_key_value_heads} key heads evenly")
@@ -209,7 +220,7 @@ class Decoder(nn.Module):
         elif implicit and (window is None or ids.shape[1] <= window):
             view = None
         else:
-            view = View(positions, positions, window, ordered=True)
+            view = View(positions, positions, window, ordered=True, consecutive=implicit)
         x = self.embed_tokens(ids)
         cos, sin = rotary(positions, config.head_dim, config.rope_theta, x.dtype)
         for block in self.layers:

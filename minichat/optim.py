@@ -50,12 +50,20 @@ class AdamW:
         ]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps)
 
+    def collect(self) -> None:
+        """After each backward: add the gradients of weights below float32 to their masters', and clear them.
+
+        Left to add up in bf16, those of many micro-batches would lose what is small beside the sum.
+        """
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight and weight.grad is not None:
+                grad = weight.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                weight.grad = None
+
     def step(self, lr: float, max_norm: float) -> Tensor:
         """Clip the gradients to a total norm of max_norm (0: not), update, clear them; their norm before clipping."""
-        for weight, master in zip(self.weights, self.masters):
-            if master is not weight:
-                master.grad = None if weight.grad is None else weight.grad.float()
-                weight.grad = None
+        self.collect()
         norm = nn.utils.clip_grad_norm_(self.masters, max_norm or math.inf)
         for group in self.adamw.param_groups:
             group["lr"] = lr

@@ -1,13 +1,14 @@
 """A training run from its flags: data, adapter or all weights, the loop, the run folder."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from minichat import chat, cli, data, lora, training, weights
+from minichat import chat, cli, data, files, lora, training, weights
 from minichat.assets import sums
 from minichat.errors import BadInput
 from minichat.metrics import Metrics
@@ -48,7 +49,8 @@ def embedded(args: argparse.Namespace, what: str) -> Iterator[tuple[str, dict]]:
 def check_out(args: argparse.Namespace) -> None:
     """Raise BadInput if the run would replace what it starts from."""
     folder, adapters = weights.chain(args.model)
-    for used in (folder, *(adapter.folder for adapter in adapters)):
+    extra = [weights.resolve(args.adapter)] if args.adapter else []
+    for used in (folder, *(adapter.folder for adapter in adapters), *extra):
         if used.resolve().is_relative_to(args.out.resolve()):
             raise BadInput(f"--out {args.out} holds {used}, which this run starts from; choose another folder")
 
@@ -63,6 +65,11 @@ def train(
 ) -> None:
     """Everything after loading: the same for SFT and DPO. what: "sft" or "dpo"."""
     check_out(args)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise BadInput(
+            f"{tokenizer.folder} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: added tokens "
+            "need rows in the embedding; resize it, or take the tokenizer without them"
+        )
     model.model.gradient_checkpointing = args.gradient_checkpointing
     if args.full and model.scheme is not None:
         raise BadInput(f"{args.model} is quantised: --full trains float weights; train an adapter, without --full")
@@ -110,14 +117,19 @@ def train(
         sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
     with Metrics(args.out, total, what) as metrics:
         training.fit(model, method, items, settings, metrics, eval_items)
+    stop_ids, _ = chat.stops(template, tokenizer)
     if args.full:
-        weights.save_model(model, tokenizer, args.out / "model", cli.torch_dtype(args.save_dtype), template)
+        weights.save_model(model, tokenizer, args.out / "model", cli.torch_dtype(args.save_dtype), template, stop_ids)
     else:
         metadata = {"base_fingerprint": model.identity}
+        if Path(model.source).is_dir():
+            metadata["base_beside"] = os.path.relpath(model.source, args.out.resolve() / "adapter")
         if model.scheme is not None:
             metadata["int4"] = str(model.scheme)
-        lora.save(model, args.out / "adapter", base=model.source, metadata=metadata)
-        tokenizer.save(args.out / "adapter", chat_template=template)
+        with files.staged(args.out / "adapter", last=lora.CONFIG) as new:
+            tokenizer.save(new, template, stop_ids)
+            lora.save(model, new, base=model.source, metadata=metadata)
+    cli.end_run(args)
     draw(args.out)
     say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
 
@@ -128,6 +140,8 @@ def draw(folder: Path) -> None:
         from minichat import plots
 
         plots.draw_run(folder)
+    except OSError as error:
+        say(f"no loss.png: {error}")
     except ImportError:
         say("no loss.png: it needs matplotlib, pip install 'minichat[plots]'")
 

@@ -5,10 +5,12 @@ import json
 import os
 import shutil
 from bisect import bisect_left
+from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
 from minichat.errors import BadInput
+from minichat.files import read_json, write_json
 
 TEMPLATE_FILE = "chat_template.jinja"
 FILES = (
@@ -24,16 +26,16 @@ FILES = (
 class Tokenizer:
     """The tokenizer of a model's folder in Hugging Face format. tokenizer.json alone decides what the ids are.
 
-    bos_id: int or None; eos_id, pad_id (eos_id if there is no padding token): int; stop_ids: every id that ends an
-    answer, eos_id first; special_tokens: {"bos_token": "<s>", …} as chat templates see them; chat_template: Jinja
-    text or None; add_bos: whether this tokenizer begins plain text with BOS.
+    bos_id: int or None; eos_id: int; stop_ids: every id that ends an answer, eos_id first; special_tokens:
+    {"bos_token": "<s>", …} as chat templates see them; chat_template: Jinja text or None; add_bos: whether this
+    tokenizer begins plain text with BOS.
     Raises BadInput if files are missing, corrupt or contradict each other.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         self._tokenizer = _load(self.folder)
-        config = _read_json(self.folder / "tokenizer_config.json")
+        config = read_json(self.folder / "tokenizer_config.json", missing={})
         self._add_tokens(config.get("added_tokens_decoder") or {})
         self.vocab_size: int = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder()
@@ -41,15 +43,17 @@ class Tokenizer:
 
         # the token files name tokens, the model's files number them; the tokenizer's own word comes first, and a null
         # there is a word too: some models have a bos_token_id in config.json and no BOS
-        names = {**_read_json(self.folder / "special_tokens_map.json"), **config}
-        model = _read_json(self.folder / "config.json")
-        generation = _read_json(self.folder / "generation_config.json")
+        names = {**read_json(self.folder / "special_tokens_map.json", missing={}), **config}
+        model = read_json(self.folder / "config.json", missing={})
+        generation = read_json(self.folder / "generation_config.json", missing={})
         self.special_tokens: dict[str, str] = {}
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-            ids = _as_list(generation.get(f"{key}_id")) + _as_list(model.get(f"{key}_id"))
+            ids = [id for id in self._ids(f"{key}_id", generation, model) if 0 <= id < self.vocab_size]
             token = names[key] if key in names else self._tokenizer.id_to_token(ids[0]) if ids else None
             if isinstance(token, dict):
                 token = token.get("content")
+            if not isinstance(token, str | None):
+                raise BadInput(f"{key} is {token!r} in {self.folder}'s files; it must be a token's text, or null")
             if token is not None:
                 self.special_tokens[key] = token
         self.bos_id: int | None = self._id("bos_token")
@@ -60,9 +64,7 @@ class Tokenizer:
                 'add "eos_token" to its tokenizer_config.json'
             )
         self.eos_id: int = eos_id
-        pad_id = self._tokenizer.token_to_id(self.special_tokens.get("pad_token", ""))
-        self.pad_id: int = eos_id if pad_id is None else pad_id  # often named but never added to the vocabulary
-        stops = [eos_id, *_as_list(generation.get("eos_token_id")), *_as_list(model.get("eos_token_id"))]
+        stops = [eos_id, *self._ids("eos_token_id", generation, model)]
         # an id beyond the vocabulary is a leftover of another tokenizer
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(id for id in stops if 0 <= id < self.vocab_size))
 
@@ -74,13 +76,6 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of `text`. Special tokens written in it are parsed as such; none is added."""
         return self._encode(text).ids
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """encode() of each text, on all cores."""
-        try:
-            return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
-        except (TypeError, UnicodeEncodeError):
-            return [self.encode(text) for text in texts]  # one of them is bad: says which
 
     def encode_cut(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
         """The ids of `text`, and how many of them lie before each of the ascending character offsets `cuts`.
@@ -112,25 +107,37 @@ class Tokenizer:
         pieces = [self._piece(id, first=i == 0) for i, id in enumerate(kept)]
         return b"".join(pieces).decode("utf-8", "replace")
 
-    def save(self, folder: str | os.PathLike, chat_template: str | None = None) -> None:
-        """Copy the tokenizer's files to `folder` byte for byte; a `chat_template` takes the place of the model's own.
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written `text`; None if there is none."""
+        id = self._tokenizer.token_to_id(text)
+        return id if id in self._special_ids else None
 
-        The template goes into tokenizer_config.json, which every release of transformers reads.
+    def save(self, folder: Path, chat_template: str | None = None, stop_ids: Sequence[int] | None = None) -> None:
+        """Copy the tokenizer's files to `folder` byte for byte, and write generation_config.json, so that what the
+        model's own files say of ids is known without them.
+
+        A `chat_template` takes the place of the model's own; it goes into tokenizer_config.json, which every release
+        of transformers reads. stop_ids: what ends an answer, instead of the tokenizer's own.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "tokenizer.json").is_file():
+            raise BadInput(f"{self.folder / 'tokenizer.json'} has gone since it was read")
         if folder.resolve() != self.folder.resolve():
             for name in FILES:
                 if (self.folder / name).is_file():
                     shutil.copyfile(self.folder / name, folder / name)
                 else:
                     (folder / name).unlink(missing_ok=True)  # of the tokenizer that was here before
+        stops = list(self.stop_ids if stop_ids is None else stop_ids)
+        pad_id = self._tokenizer.token_to_id(self.special_tokens.get("pad_token", ""))
+        ids = {"bos_token_id": self.bos_id, "eos_token_id": stops if len(stops) > 1 else stops[0]}
+        ids["pad_token_id"] = pad_id
+        write_json(folder / "generation_config.json", {key: id for key, id in ids.items() if id is not None})
         if chat_template is not None:
-            config = _read_json(self.folder / "tokenizer_config.json")
+            config = read_json(self.folder / "tokenizer_config.json", missing={})
             config = config or {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
-            config["chat_template"] = chat_template
-            text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-            (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+            write_json(folder / "tokenizer_config.json", {**config, "chat_template": chat_template})
             (folder / TEMPLATE_FILE).unlink(missing_ok=True)  # it would come first
 
     def _encode(self, text: str):
@@ -230,6 +237,17 @@ class Tokenizer:
             wrong = min(ids) if min(ids) < 0 else max(ids)
             raise BadInput(f"id {wrong} is beyond the vocabulary of {self.vocab_size}; is this the model's tokenizer?")
 
+    def _ids(self, key: str, *configs: dict) -> list[int]:
+        """The ids that the model's files give for `key`: one, several or none in each."""
+        found = []
+        for config in configs:
+            value = config.get(key)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(id, int) for id in ids):
+                raise BadInput(f"{key} is {value!r} in {self.folder}'s files; it must be a token's id, or null")
+            found += ids
+        return found
+
     def _id(self, key: str) -> int | None:
         token = self.special_tokens.get(key)
         id = None if token is None else self._tokenizer.token_to_id(token)
@@ -244,6 +262,12 @@ class Tokenizer:
         """Add the tokens of tokenizer_config.json that tokenizer.json lacks, as transformers does."""
         from tokenizers import AddedToken
 
+        well = isinstance(described, dict) and all(
+            id.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)
+            for id, token in described.items()
+        )
+        if not well:
+            raise BadInput(f"{self.folder / 'tokenizer_config.json'}: added_tokens_decoder maps no ids to tokens")
         for id, token in sorted(described.items(), key=lambda item: int(item[0])):
             if self._tokenizer.token_to_id(token["content"]) is None:
                 flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -259,7 +283,10 @@ class Tokenizer:
         if path.is_file():
             return path.read_text(encoding="utf-8")
         if isinstance(configured, list):
-            return next((entry["template"] for entry in configured if entry.get("name") == "default"), None)
+            named = [entry for entry in configured if isinstance(entry, dict) and entry.get("name") == "default"]
+            configured = named[0].get("template") if named else None
+        if not isinstance(configured, str | None):
+            raise BadInput(f"{self.folder / 'tokenizer_config.json'}: chat_template is {configured!r:.80}, not text")
         return configured
 
 
@@ -346,25 +373,8 @@ def _load(folder: Path):
     return tokenizer
 
 
-def _read_json(path: Path) -> dict:
-    """The object in a JSON file, {} if there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise BadInput(f"{path} is not JSON ({_first_line(error)}); download it again") from error
-    if not isinstance(value, dict):
-        raise BadInput(f"{path} holds a {type(value).__name__}, not an object; download it again")
-    return value
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def _is_byte(token: str) -> bool:

@@ -39,7 +39,7 @@ class Method:
     """What makes SFT SFT and DPO DPO.
 
     objective: (model, tensors of a micro-batch) -> sums over it, "loss" among them, each divided by the batch's
-    weight to be a mean. batch: items -> Batch. summary: adds what follows from the means (perplexity, margin).
+    weight to be a mean. batch: items -> Batch. summary: adds what follows from the means (perplexity).
     """
 
     objective: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
@@ -104,7 +104,7 @@ def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, 
 def add_reference(model: nn.Module, method: Method, pairs: list[data.Pair], settings: Settings) -> None:
     """Give every pair the log-probs of its answers under the model as it is now."""
     where = model.device
-    for indices in data.order([len(pair) for pair in pairs], settings.batch_size, 0, 0):
+    for indices in data.by_length([len(pair) for pair in pairs], settings.batch_size):
         chosen = [pairs[i] for i in indices]
         batch = method.batch(chosen, lambda n: device.bucket(n, where))
         sums = method.logps(model, on(where, batch.tensors))
@@ -140,6 +140,7 @@ def fit(
         for batch in batches:
             found = method.objective(model, on(where, batch.tensors))
             (found["loss"] / weight).backward()
+            optimizer.collect()
             for key, value in found.items():
                 sums[key] = sums.get(key, 0) + value.detach()
             device.mark_step(where)
@@ -184,10 +185,8 @@ def steps(items: list, settings: Settings, method: Method, where: torch.device) 
     lengths = [len(item) for item in items]
     epoch = 0
     while True:
-        batches = data.order(lengths, settings.batch_size, settings.seed, epoch)
-        for i in range(0, len(batches), settings.accumulate):
-            chosen = batches[i : i + settings.accumulate]
-            yield [method.batch([items[j] for j in batch], lambda n: device.bucket(n, where)) for batch in chosen]
+        for batches in data.order(lengths, settings.batch_size, settings.accumulate, settings.seed, epoch):
+            yield [method.batch([items[j] for j in batch], lambda n: device.bucket(n, where)) for batch in batches]
         epoch += 1
 
 
@@ -209,7 +208,7 @@ def evaluate(model: nn.Module, method: Method, items: list, settings: Settings) 
     model.eval()
     sums: dict[str, Any] = {}
     weight = 0
-    for indices in data.order([len(item) for item in items], settings.batch_size, 0, 0):
+    for indices in data.by_length([len(item) for item in items], settings.batch_size):
         batch = method.batch([items[j] for j in indices], lambda n: device.bucket(n, where))
         for key, value in method.objective(model, on(where, batch.tensors)).items():
             sums[key] = sums.get(key, 0) + value

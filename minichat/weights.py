@@ -1,9 +1,10 @@
 """Hugging Face folders <-> models: config.json and safetensors, read a tensor at a time straight to the device."""
 
+import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -12,15 +13,17 @@ from torch import Tensor, nn
 from minichat import device as devices
 from minichat import int4 as quant
 from minichat.errors import BadInput
-from minichat.lora import CONFIG, WEIGHTS, Adapter, adapted, fingerprint, load, rounding, write_tensors
+from minichat.files import read_json, staged, write_json, write_tensors
+from minichat.lora import CONFIG, WEIGHTS, Adapter, adapted, fingerprint, load, rounding, say_merged_over
 from minichat.model import Config, Mistral
+from minichat.tokenizer import FILES as TOKENIZER_FILES
 from minichat.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 TO_SAFETENSORS = (
-    'python -c "import torch; from safetensors.torch import save_file; '
-    "save_file({k: v.contiguous() for k, v in torch.load('FILE', weights_only=True).items()}, 'model.safetensors')\""
+    'python -c "from transformers import AutoModelForCausalLM as M; '
+    "M.from_pretrained('MODEL', dtype='auto').save_pretrained('FOLDER')\""
 )
 
 
@@ -69,7 +72,7 @@ def _download(repo: str, revision: str | None) -> Path:
         why = " ".join(str(error).split())[:200]
         raise BadInput(f"{repo}: no such folder here, and the hub gave none: {why}") from None
     if not any(Path(at).glob("*.safetensors")):
-        how = TO_SAFETENSORS.replace("FILE", "pytorch_model.bin")
+        how = TO_SAFETENSORS.replace("MODEL", repo).replace("FOLDER", repo.split("/")[1])
         raise BadInput(f"{repo} has no safetensors; pickle can run code: convert it where you trust it: {how}")
     return Path(at)
 
@@ -89,7 +92,9 @@ def chain(source: str | Path) -> tuple[Path, list[Adapter]]:
         if not base:
             raise BadInput(f"{folder / CONFIG}: names no base; give it: --model BASE --adapter {folder}")
         try:
-            below = resolve(base)
+            # a project that was moved has its runs where they were to one another
+            beside = folder / adapter.metadata.get("base_beside", base)
+            below = resolve(beside if beside.is_dir() and not Path(base).expanduser().is_dir() else base)
         except BadInput as error:
             raise BadInput(f"the base of {folder}: {error}; give it: --model BASE --adapter {folder}") from None
         check_base(adapter, below)
@@ -108,11 +113,11 @@ def check_base(adapter: Adapter, base: Path) -> None:
 
 
 def identity(folder: Path) -> str:
-    """A short hash that tells one set of weights from another: of an adapter, or of a model's first shard."""
+    """A short hash that tells one set of weights from another: of an adapter, or of a model's shards."""
     if (folder / CONFIG).exists():
         return fingerprint(folder / WEIGHTS)
-    shards = Shards(folder)
-    return fingerprint(folder / min(shards.files.values()))
+    shards = [fingerprint(folder / name) for name in sorted(set(Shards(folder).files.values()))]
+    return shards[0] if len(shards) == 1 else hashlib.sha256("".join(shards).encode()).hexdigest()[:16]
 
 
 # ---- reading ----
@@ -124,8 +129,7 @@ class Shards:
     def __init__(self, folder: Path):
         self.folder = folder
         if (folder / INDEX).exists():
-            index = read_json(folder / INDEX)
-            self.files = index.get("weight_map") if isinstance(index, dict) else None
+            self.files = read_json(folder / INDEX).get("weight_map")
             named = isinstance(self.files, dict) and all(isinstance(f, str) for f in self.files.values())
             if not self.files or not named:
                 raise BadInput(f"{folder / INDEX}: holds no weight_map")
@@ -139,8 +143,8 @@ class Shards:
         if not file.exists():
             pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
             if pickles:
-                how = TO_SAFETENSORS.replace("FILE", pickles[0].name)
-                raise BadInput(f"{pickles[0]}: pickle can run code; convert it where you trust it: {how}")
+                how = TO_SAFETENSORS.replace("MODEL", str(folder)).replace("FOLDER", str(folder))
+                raise BadInput(f"{pickles[0]}: pickle can run code; make it safetensors where you trust it: {how}")
             raise BadInput(f"{folder}: holds neither model.safetensors nor {INDEX}")
         with self._open(file) as tensors:
             self.files = dict.fromkeys(tensors.keys(), file.name)
@@ -161,16 +165,6 @@ class Shards:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{file}: not a whole safetensors file: {error}; download it again") from None
-
-
-def read_json(file: Path):
-    """The content of a JSON file; BadInput naming it if it is missing or broken."""
-    try:
-        return json.loads(file.read_text())
-    except OSError as error:
-        raise BadInput(f"{file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{file}: not JSON: {error}") from None
 
 
 def read_config(folder: Path) -> Config:
@@ -204,11 +198,14 @@ def load_model(
     over the same INT4 base stays beside it. adapter: one more, over whatever `source` is.
     Host memory peaks at the model plus one tensor. Raises BadInput.
     """
-    where = device if isinstance(device, torch.device) else devices.pick(device)
+    where = devices.pick(device)
     dtype = dtype or devices.default_dtype(where)
     folder, adapters = chain(source)
     if adapter is not None:
         adapters.append(Adapter(resolve(adapter)))
+        own = adapters[-1].metadata.get("base_fingerprint")
+        if own and own != identity(resolve(source)):
+            print(f"minichat: {adapter} was trained over other weights than {source}", file=sys.stderr)
     config = read_config(folder)
     packed = read_scheme(folder)
     if packed and int4 not in (False, True) and int4 != packed:
@@ -240,11 +237,7 @@ def _trained_over_int4(adapters: list[Adapter], scheme) -> list[Adapter]:
             return [adapter]
         if over:
             now = "float weights" if scheme is None else f"INT4 weights of {scheme}"
-            print(
-                f"minichat: {adapter.folder} was trained over INT4 weights ({over}) and is merged into {now}: "
-                "expect a small loss; --int4 with the same options uses it as trained",
-                file=sys.stderr,
-            )
+            say_merged_over(f"{adapter.folder} was trained over INT4 weights ({over}) and is merged into {now}")
     return []
 
 
@@ -329,19 +322,18 @@ def save_model(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     template: str | None = None,
+    stop_ids: Sequence[int] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a folder that transformers opens: shards, index, config.json, generation_config.json, tokenizer files.
 
     dtype: of the float weights on disk, None is what they are. template: the chat template to write as the model's
-    own (Jinja). INT4 linears are written in compressed-tensors' pack-quantized format. What the folder held before is
-    replaced when all shards are written, so one that fails leaves it as it was. Raises BadInput if an adapter is
-    attached and not merged, or if a shard cannot be written.
+    own (Jinja). stop_ids: what ends an answer (None: the tokenizer's). INT4 linears are written in compressed-tensors'
+    pack-quantized format. What the folder held before is replaced when all files are written, so one that fails
+    leaves it as it was. Raises BadInput if an adapter is attached and not merged, or if a file cannot be written.
     """
     if adapted(model):
         raise BadInput("the model has an unmerged adapter: lora.merge(model) first, or lora.save(model, folder)")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
     size = 0
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in _tensors(model, dtype, meta=True)}
@@ -351,34 +343,21 @@ def save_model(
             size = 0
         shards[-1].append(name)
         size += count
-    written = ["model.safetensors"]
+    names = ["model.safetensors"]
     if len(shards) > 1:
-        written = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    parts = [folder / (file + ".part") for file in written]
-    stream = _tensors(model, dtype)
-    try:
-        for part, names in zip(parts, shards):
-            write_tensors(dict(next(stream) for _ in names), part)
-        (folder / INDEX).unlink(missing_ok=True)  # an index of old and new shards would load, and be neither model
-        for part, file in zip(parts, written):
-            part.replace(folder / file)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
-    for old in folder.glob("model*.safetensors"):
-        if old.name not in written:
-            old.unlink()
-    if len(shards) > 1:
-        files = {name: file for file, names in zip(written, shards) for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": files})
+        names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     config = model.config.to_dict(dtype or model.dtype)
     if any(isinstance(m, quant.Int4Linear) for m in model.modules()):
         config["quantization_config"] = quant.quantization_config(model.scheme)
-    write_json(folder / "config.json", config)
-    ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    ids["eos_token_id"] = list(tokenizer.stop_ids) if len(tokenizer.stop_ids) > 1 else ids["eos_token_id"]
-    write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
-    tokenizer.save(folder, chat_template=template)
+    stream = _tensors(model, dtype)
+    with staged(folder, last="config.json", stale=("model*.safetensors", INDEX, *TOKENIZER_FILES)) as new:
+        for file, shard in zip(names, shards):
+            write_tensors(dict(next(stream) for _ in shard), new / file)
+        if len(shards) > 1:
+            weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+            write_json(new / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        write_json(new / "config.json", config)
+        tokenizer.save(new, template, stop_ids)
 
 
 def _tensors(model: Mistral, dtype: torch.dtype | None, meta: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -394,10 +373,3 @@ def _tensors(model: Mistral, dtype: torch.dtype | None, meta: bool = False) -> I
             weight = weight.detach()
             weight = torch.empty_like(weight, device="meta", dtype=dtype) if meta else weight.to("cpu", dtype)
             yield f"{name}.{leaf}", weight.contiguous()
-
-
-def write_json(file: Path, content) -> None:
-    """Write a JSON file whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(file)

@@ -1,7 +1,6 @@
 """What several test files share: a small random model, and transformers' with the same weights."""
 
 import pytest
-import torch
 
 from minichat.model import Config, Mistral
 
@@ -26,14 +25,14 @@ def make(seed=0, **changes) -> Mistral:
     return model.eval()
 
 
-def theirs(model: Mistral):
-    """transformers' model with the same weights: eager attention, float32."""
+def theirs(model: Mistral, attention: str = "eager"):
+    """transformers' model with the same weights in the same dtype."""
     transformers = pytest.importorskip("transformers")
-    raw = model.config.to_dict(torch.float32)
+    raw = model.config.to_dict(model.dtype)
     kind = raw.pop("architectures")[0]
     raw.pop("model_type")
     config = getattr(transformers, kind.replace("ForCausalLM", "Config"))(**raw)
-    other = getattr(transformers, kind)._from_config(config, attn_implementation="eager").eval()
+    other = getattr(transformers, kind)._from_config(config, attn_implementation=attention, dtype=model.dtype).eval()
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     return other

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -38,8 +39,8 @@ def sft(*records, max_length=10_000, template="neuralchat", **more):
     return data.examples(numbered(*records), TOKENIZER, template, max_length, **more)
 
 
-def dpo(*records, max_length=10_000, max_prompt_length=10_000):
-    return data.pairs(numbered(*records), TOKENIZER, "neuralchat", max_length, max_prompt_length)
+def dpo(*records, max_length=10_000, max_prompt_length=10_000, template="neuralchat"):
+    return data.pairs(numbered(*records), TOKENIZER, template, max_length, max_prompt_length)
 
 
 def learnt(example):
@@ -218,13 +219,83 @@ def test_a_pair_that_is_wrong_deep_inside_is_named(record):
 
 
 def test_nothing_left_is_an_error_that_says_why():
-    with pytest.raises(BadInput, match="2 dropped: no target"):
+    with pytest.raises(BadInput, match="2 dropped: no assistant turn"):
         sft({"messages": [user("a")]}, {"messages": [SYSTEM, user("b")]})
     with pytest.raises(BadInput, match="1 dropped: equal"):
         dpo({**PAIR, "rejected": "b"})
     for read in (sft, dpo):
         with pytest.raises(BadInput, match="left to learn"):
             read()
+
+
+def test_a_chat_without_an_answer_is_not_one_that_is_too_long():
+    good, silent = {"messages": [user("a"), said("b")]}, {"messages": [user("a")]}
+    late = {"messages": [user("a"), said("b"), user("c " * 50)]}  # dropping its oldest turn drops its only answer
+    found, report = sft(good, silent, late, {"prompt": "a", "completion": [user("b")]}, max_length=40)
+    assert [e.where for e in found] == ["f:1"]
+    assert report.counts["dropped: no assistant turn"] == 2
+    assert report.counts["dropped: no target within --max-length"] == 1
+    found, report = sft(silent, learn="all")
+    assert len(found) == 1 and not report.counts
+
+
+# ---- what counts of a pair ----
+
+
+def counted(pair):
+    """The texts of chosen and rejected that count."""
+    sides = zip((pair.chosen, pair.rejected), pair.masks)
+    return [text([t for t, m in zip(ids, mask) if m]) for ids, mask in sides]
+
+
+@pytest.mark.parametrize("template", ["neuralchat", "neuralchat-card", "mistral-instruct", "none"])
+def test_an_answer_of_one_message_counts_whole(template):
+    (pair,), _ = dpo({"prompt": "Hi", "chosen": "Hello you", "rejected": "No"}, template=template)
+    assert all(pair.masks[0]) and all(pair.masks[1])
+    assert counted(pair) == ["Hello you</s>", "No</s>"]
+
+
+@pytest.mark.parametrize("template", ["neuralchat", "zephyr", "mistral-instruct", "none"])
+def test_what_counts_of_an_answer_is_what_sft_learns_of_it(template):
+    """Not what the user says in it, nor the template's text; but zephyr's line end after the last </s>, as in trl."""
+    prompt, chosen = [user("Hi")], [said("Hello"), user("Bye?"), said("Bye")]
+    (pair,), _ = dpo({"prompt": prompt, "chosen": chosen, "rejected": "No"}, template=template)
+    (example,), _ = sft({"messages": prompt + chosen}, template=template)
+    assert pair.prompt + pair.chosen == example.ids
+    end = len(example.mask) - example.mask[::-1].index(1)
+    mask = [0] * len(pair.prompt) + pair.masks[0]
+    assert mask[:end] == example.mask[:end] and all(mask[end:])
+    between, tail = " " * (template == "mistral-instruct"), " \n" * (template == "zephyr")
+    assert counted(pair) == [f"Hello</s>{between}Bye</s>{tail}", f"No</s>{tail}"]
+
+
+def test_chatmls_answers_end_with_their_line_as_in_its_recipe():
+    """mlabonne's pairs for NeuralHermes: "…<|im_end|>\\n", all of it summed. Other turns have their text alone."""
+    turns = [said("Hello"), user("Bye?"), said("Bye")]
+    ours = chat.template_text("chatml", TOKENIZER)
+    for template in ("chatml", ours.replace("{% generation %}\n", "").replace("{% endgeneration %}", "")):
+        (pair,), _ = dpo({"prompt": "Hi", "chosen": turns, "rejected": "No"}, template=template)
+        assert counted(pair) == ["Hello<|im_end|>Bye<|im_end|>\n", "No<|im_end|>\n"]
+        (pair,), _ = dpo({"prompt": "Hi", "chosen": turns[:2], "rejected": "No"}, template=template)
+        assert counted(pair) == ["Hello<|im_end|>", "No<|im_end|>\n"]
+
+
+def test_a_pair_is_dropped_where_nothing_that_counts_is_left():
+    """This template's own text begins the answer: there is room for that, and for no more."""
+    template = (
+        '{% for m in messages %}{% if m["role"] == "assistant" %}It said: {% generation %}{{ m["content"] }}'
+        '{{ eos_token }}{% endgeneration %}{% else %}{{ m["content"] }}: {% endif %}{% endfor %}'
+    )
+    record = {**PAIR, "chosen": "5", "rejected": "6"}
+    (pair,), _ = dpo(record, template=template)
+    assert counted(pair) == ["5</s>", "6</s>"]
+    P, before = len(pair.prompt), pair.masks[0].index(1)
+    (cut,), _ = dpo(record, template=template, max_length=P + before + 2)  # the space and the digit
+    assert cut.masks == ([0] * before + [1, 1],) * 2 and counted(cut) == ["5", "6"]
+    other = template.replace("It said", '{{ m["content"] }}')  # so that the two differ before anything counts
+    (pair,), _ = dpo(record, template=other)
+    with pytest.raises(BadInput, match="1 dropped: equal or empty"):
+        dpo(record, template=other, max_length=len(pair.prompt) + pair.masks[0].index(1))
 
 
 # ---- truncation ----
@@ -321,28 +392,42 @@ def test_a_prompt_that_fills_the_length_leaves_no_pair():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 5), st.integers(0, 5))
-def test_an_epoch_is_a_permutation_by_seed_and_epoch_alone(lengths, batch_size, seed, epoch):
-    batches = data.order(lengths, batch_size, seed, epoch)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    assert len(batches) == math.ceil(len(lengths) / batch_size)
-    assert all(0 < len(batch) <= batch_size for batch in batches)
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=300),
+    st.integers(1, 9),
+    st.integers(1, 4),
+    st.integers(0, 5),
+    st.integers(0, 5),
+)
+def test_an_epoch_is_a_permutation_by_seed_and_epoch_alone(lengths, batch_size, accumulate, seed, epoch):
+    steps = data.order(lengths, batch_size, accumulate, seed, epoch)
+    assert sorted(i for step in steps for batch in step for i in batch) == list(range(len(lengths)))
+    assert len(steps) == math.ceil(len(lengths) / (batch_size * accumulate))
+    assert all(0 < len(step) <= accumulate for step in steps)
+    assert all(0 < len(batch) <= batch_size for step in steps for batch in step)
     torch.manual_seed(epoch)  # other randomness does not reach it
-    assert data.order(lengths, batch_size, seed, epoch) == batches
+    assert data.order(lengths, batch_size, accumulate, seed, epoch) == steps
 
 
 def test_epochs_and_seeds_differ():
-    orders = [data.order([5] * 40, 2, seed, epoch) for seed in (0, 1, 10) for epoch in (0, 1, 2)]
+    orders = [data.order([5] * 40, 2, 1, seed, epoch) for seed in (0, 1, 10) for epoch in (0, 1, 2)]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
-def test_batches_hold_similar_lengths_but_come_in_any_order():
+def test_a_step_is_a_random_sample_whatever_the_lengths_are():
+    """The mean length of a step scatters as that of a sample does: short and long answers meet in every step."""
+    lengths = [10, 10, 10, 100] * 160
+    for batch_size, accumulate in ((16, 1), (4, 4)):
+        means = [sum(lengths[i] for b in s for i in b) / 16 for s in data.order(lengths, batch_size, accumulate, 0, 0)]
+        expected = statistics.pstdev(lengths) / 4
+        assert 0.5 * expected < statistics.pstdev(means) < 1.5 * expected
+
+
+def test_micro_batches_hold_similar_lengths():
     lengths = [(37 * i) % 101 for i in range(640)]
-    batches = data.order(lengths, 8, 0, 0)
+    batches = [batch for step in data.order(lengths, 4, 8, 0, 0) for batch in step] + data.by_length(lengths, 4)
     spans = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
-    assert sum(spans) / len(spans) < 10  # of 100: what is padded is little
-    firsts = [lengths[batch[0]] for batch in batches]
-    assert firsts[:32] != sorted(firsts[:32])  # no curriculum from short to long
+    assert sum(spans) / len(spans) < 15  # of 100: what is padded is little
 
 
 EXAMPLES = [
@@ -389,6 +474,21 @@ def test_dpo_batch_is_the_chosen_rows_and_then_the_rejected():
     for pair, reference in zip(items, ((-1.0, -2.0), (-3.0, -4.0))):
         pair.reference = reference
     assert data.dpo_batch(items, lambda n: n).tensors["reference"].tolist() == [-1, -3, -2, -4]
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
+@torch.no_grad()
+def test_dpo_sums_or_averages_the_answers_tokens_that_count(kind):
+    pair = Pair([1, 5], [6, 7, EOS, 8, 9, EOS, 10], [11, EOS], "a", masks=([1, 1, 1, 0, 0, 1, 0], [1, 1]))
+    model = make(vocab_size=TOKENIZER.vocab_size)
+    expected = []
+    for answer, mask in zip((pair.chosen, pair.rejected), pair.masks):
+        full = model(torch.tensor([pair.prompt + answer]))[0].log_softmax(-1)
+        each = torch.stack([full[1 + i, token] for i, token in enumerate(answer) if mask[i]])
+        expected.append(each.mean() if kind == "ipo" else each.sum())
+    method = training.dpo(kind=kind)
+    found = method.logps(model, method.batch([pair], lambda n: n).tensors)
+    torch.testing.assert_close(found, torch.stack(expected))
 
 
 @pytest.mark.parametrize("kind", ["sft", "sigmoid", "ipo"])

@@ -21,6 +21,11 @@ NUMBERS = {
     "(-3)": "-3",
     "3.": "3",
     "version 2.0, 3": "3",
+    "it is .5": ".5",
+    "= \N{MINUS SIGN}17": "-17",
+    "5\N{MINUS SIGN}3": "3",
+    "So it is 1.5.": "1.5",
+    "x.5": "5",
     " no number \n": "no number",
     "": "",
 }

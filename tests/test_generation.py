@@ -8,7 +8,7 @@ from helpers import make
 
 from minichat.cli import BASE
 from minichat.errors import BadInput
-from minichat.generation import Sampling, answer, generate, restrict, sample
+from minichat.generation import Sampling, answer, decode, generate, restrict, sample
 from minichat.tokenizer import Tokenizer
 
 
@@ -16,18 +16,25 @@ def logits(seed=0, rows=3, vocab=50) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+def warped(scores, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """transformers' chain of warpers."""
+    process = pytest.importorskip("transformers.generation.logits_process")
+    if temperature != 1:
+        scores = process.TemperatureLogitsWarper(temperature)(None, scores)
+    if top_k:
+        scores = process.TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = process.TopPLogitsWarper(top_p)(None, scores)
+    if min_p:
+        scores = process.MinPLogitsWarper(min_p)(None, scores)
+    return scores
+
+
 @pytest.mark.parametrize(
     "top_k, top_p, min_p", [(5, 1, 0), (0, 0.7, 0), (0, 1, 0.2), (20, 0.9, 0.05), (1, 1, 0), (0, 0.01, 0)]
 )
 def test_restrict_is_transformers_warpers(top_k, top_p, min_p):
-    process = pytest.importorskip("transformers.generation.logits_process")
-    expected = logits()
-    if top_k:
-        expected = process.TopKLogitsWarper(top_k)(None, expected)
-    if top_p < 1:
-        expected = process.TopPLogitsWarper(top_p)(None, expected)
-    if min_p:
-        expected = process.MinPLogitsWarper(min_p)(None, expected)
+    expected = warped(logits(), top_k=top_k, top_p=top_p, min_p=min_p)
     assert torch.equal(restrict(logits(), top_k, top_p, min_p), expected)
 
 
@@ -49,14 +56,21 @@ def test_generate_with_penalty_is_transformers():
     assert generate(model, [[5, 6, 7]], 40, repetition_penalty=1.3, stop_ids=()) == [expected]
 
 
-def test_draws_follow_the_softmax():
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        dict(temperature=0.8, top_k=5),
+        dict(temperature=2.0, top_p=0.7, min_p=0.1),  # here top-p leaves less than min-p,
+        dict(temperature=2.0, top_k=9, top_p=0.95, min_p=0.2),  # and here min-p
+    ],
+)
+def test_draws_follow_transformers_warpers(numbers):
     """Frequencies of 20,000 draws against the probabilities, within five standard deviations."""
-    row = logits(rows=1, vocab=8)
-    sampling = Sampling(temperature=0.8, top_k=5)
-    probs = restrict(row / 0.8, 5).softmax(-1)[0]
+    row = logits(seed=1, rows=1, vocab=20)
+    probs = warped(row, **numbers).softmax(-1)[0]
     generator = torch.Generator().manual_seed(0)
-    draws = sample(row.expand(20000, -1), sampling, None, generator)
-    counts = torch.bincount(draws, minlength=8) / 20000
+    draws = sample(row.expand(20000, -1), Sampling(**numbers), None, generator)
+    counts = torch.bincount(draws, minlength=20) / 20000
     assert ((counts - probs).abs() <= 5 * (probs * (1 - probs) / 20000).sqrt()).all()
     assert (counts[probs == 0] == 0).all()
 
@@ -64,7 +78,7 @@ def test_draws_follow_the_softmax():
 def test_the_seed_gives_the_same_draw():
     model = make()
     draw = dict(max_new_tokens=20, temperature=1.0, stop_ids=())
-    rows = [generate(model, [[1, 2]], seed=seed, **draw) for seed in (1, 1, 2)]
+    rows = [generate(model, [[1, 2]], seed=seed, **draw) for seed in (0, 0, 2**63 - 1)]
     assert rows[0] == rows[1] != rows[2]
     assert generate(model, [[1, 2]], **draw) != generate(model, [[1, 2]], **draw)  # no seed: another draw each time
 
@@ -72,7 +86,8 @@ def test_the_seed_gives_the_same_draw():
 def test_temperature_goes_to_greedy():
     model = make()
     greedy = generate(model, [[3, 4]], 15, stop_ids=())
-    assert generate(model, [[3, 4]], 15, temperature=1e-4, stop_ids=(), seed=0) == greedy
+    for temperature in (1e-4, 1e-7, 1e-39):
+        assert generate(model, [[3, 4]], 15, temperature=temperature, stop_ids=(), seed=0) == greedy
     assert generate(model, [[3, 4]], 15, temperature=1.0, top_k=1, stop_ids=(), seed=0) == greedy
 
 
@@ -109,6 +124,9 @@ BAD = {
     "top_k": ([[1]], 5, {"top_k": -2}),
     "min_p": ([[1]], 5, {"min_p": 1.5}),
     "penalty": ([[1]], 5, {"repetition_penalty": 0}),
+    "half a token": ([[1]], 5, {"temperature": 1, "top_k": 2.5}),
+    "seed below 0": ([[1]], 5, {"seed": -1}),
+    "seed too large": ([[1]], 5, {"seed": 2**64}),
 }
 
 
@@ -152,11 +170,39 @@ def test_stop_strings_end_a_row_before_them(talker):
         assert whole.ids[: len(found.ids)] == found.ids
 
 
+def test_a_special_token_as_a_stop_string(talker):
+    """It has no text in an answer: it ends one by its id, and beside the ids that end one anyway."""
+    model, tokenizer = talker
+    prompts = [tokenizer.encode(text) for text in ("calculate", "add")]
+    free = answer(model, tokenizer, prompts, 30, Sampling(), stop_ids=())[0].ids
+    at = next(i for i in range(5, 30) if free[i] not in free[:i] and free[i] > 2)
+    head = model.lm_head.weight.data
+    swapped = make(vocab_size=tokenizer.vocab_size, sliding_window=64)  # says <s> where the other says that token
+    swapped.lm_head.weight.data[[1, free[at]]] = head[[free[at], 1]]
+    assert tokenizer.special_id("<s>") == 1 and tokenizer.special_id("calculate") is None
+    for stop_ids in ((), (2,), None):
+        found = answer(swapped, tokenizer, prompts, 30, Sampling(), stop=["never said", "<s>"], stop_ids=stop_ids)[0]
+        assert found.ids == [*free[:at], 1] and found.finish == "stop"
+        assert found.text == tokenizer.decode(free[:at])
+    early = answer(swapped, tokenizer, prompts, 30, Sampling(), stop=["<s>"], stop_ids=[free[2]])[0]
+    assert early.ids == free[: free.index(free[2]) + 1] and early.finish == "stop"
+
+
 def test_answers_are_generates(talker):
     model, tokenizer = talker
     prompts = [tokenizer.encode("calculate 4"), tokenizer.encode("sum of 3 and 4")]
     rows = generate(model, prompts, 25, stop_ids=tokenizer.stop_ids)
     assert [a.ids for a in answer(model, tokenizer, prompts, 25, Sampling())] == rows
+
+
+def test_a_graph_ends_with_each_chunk_and_each_token(monkeypatch):
+    """On an HPU nothing runs before: a prompt of 10 in chunks of 4, then 7 tokens."""
+    marks = []
+    monkeypatch.setattr("minichat.device.mark_step", marks.append)
+    monkeypatch.setattr("minichat.generation.PREFILL_CHUNK", 4)
+    steps = decode(make(), [list(range(10)), [3]], 7, Sampling(), stop_ids=())
+    assert [len(marks) for _ in steps] == [3 + 1, 5, 6, 7, 8, 9, 10]
+    assert set(marks) == {torch.device("cpu")}
 
 
 def test_no_host_synchronisation_between_reads(monkeypatch):
@@ -168,7 +214,5 @@ def test_no_host_synchronisation_between_reads(monkeypatch):
     for name in ("item", "tolist", "__bool__", "__int__", "__float__"):
         plain = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, plain=plain: (reads.append(1), plain(self, *a))[1])
-    from minichat.generation import decode
-
     steps = list(decode(make(), [[1, 2], [3]], 32, Sampling(temperature=1.0, seed=0), stop_ids=[96]))
     assert len(reads) <= 32 // 8 and len(steps) >= 8

@@ -120,7 +120,7 @@ def test_lora_over_int4_trains_the_adapter_alone():
     assert not torch.equal(model(x), before)
     with lora.disabled(model):
         assert torch.equal(model(x), before)
-    with pytest.raises(BadInput, match="merge it before you quantise"):
+    with pytest.raises(BadInput, match="quantised already"):
         int4.quantize(model, 32)
 
 
@@ -136,6 +136,23 @@ def test_casts_leave_the_codes_alone_and_copies_are_whole():
     assert changed(x).dtype == torch.float32
     assert torch.equal(copy.deepcopy(module)(x), y)
     assert list(module.state_dict()) == ["bias"]
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 2, 3, 4])
+def test_a_move_that_fails_leaves_the_layer_as_it_was(fail_at):
+    """As where the other device has no room for the codes, the scales, the zero-points or the bias."""
+    module, x = layer(33, scheme=Scheme(symmetric=False), bias=True), torch.randn(2, 128)
+    y, calls = module(x), []
+
+    def move(tensor):
+        calls.append(tensor)
+        if len(calls) > fail_at:
+            raise RuntimeError("out of memory")
+        return tensor.to("meta")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        module._apply(move)
+    assert len(calls) == fail_at + 1 and torch.equal(module(x), y)
 
 
 def test_another_kind_of_device_gets_its_own_layout(monkeypatch):
@@ -202,6 +219,11 @@ def test_quantize_checks_before_it_changes_anything():
     lora.attach(model, r=2, targets=["0"])
     with pytest.raises(BadInput, match="0 carries or is an adapter"):
         int4.quantize(model)
+    lora.remove(model)
+    int4.quantize(model, skip=["0"])
+    with pytest.raises(BadInput, match="quantised already"):
+        int4.quantize(model)  # not even what was skipped: there is one scheme for all
+    assert type(model[0]) is nn.Linear and model.scheme.skip == ("0",)
 
 
 def test_quantize_holds_one_weight_at_a_time(monkeypatch):

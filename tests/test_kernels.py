@@ -1,6 +1,8 @@
 """Every kernel against float64 on the dequantised weights, the rounding rule, and building the C++ one."""
 
 import os
+import pwd
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +211,21 @@ def test_a_token_does_not_depend_on_its_batch(compiled):
         assert torch.equal(compiled.matmul(x[:M], packed), y[:M])
 
 
+def test_the_gradient_holds_a_few_rows_of_the_weight_at_a_time(compiled, monkeypatch):
+    weight = random_weight(70, 64, 32, 4, False)
+    packed, grad, plain, held = compiled.pack(*weight), torch.randn(5, 70), compiled._dequantize_rows, []
+
+    def watched(*arguments):
+        rows = plain(*arguments)
+        held.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(compiled, "_dequantize_rows", watched)
+    monkeypatch.setattr(reference, "CHUNK", 32 * 64)
+    assert error(compiled.matmul_transposed(grad, packed), grad, exact(*weight).T) < 1e-6
+    assert held == [32, 32, 6]
+
+
 # ---- quantising ----
 
 
@@ -393,6 +410,35 @@ def test_no_compiler_means_the_reference_and_one_warning(monkeypatch, tmp_path, 
     packed = cpu.pack(*random_weight(3, 32, 32, 4, True))
     with pytest.raises(BadInput, match="load the model again"):
         cpu.matmul(torch.randn(1, 32), packed)
+
+
+def test_without_a_home_the_reference_runs_and_says_what_to_set(monkeypatch, capfd):
+    def nobody(user):
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("HOME", "XDG_CACHE_HOME", "MINICHAT_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    rebuilt(monkeypatch)
+    for _ in range(3):
+        assert kernels.for_device(torch.device("cpu")) is reference
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and "set MINICHAT_CACHE to a folder" in said[0]
+
+
+@pytest.mark.parametrize("environment", [{"PATH": "/nonexistent"}, {"CXX": "false"}])
+def test_what_was_compiled_runs_where_no_compiler_is(compiled, monkeypatch, tmp_path, capfd, environment):
+    """As in a container that was built in stages; but not what was compiled from another source."""
+    shutil.copy(cpu._build(), tmp_path)
+    rebuilt(monkeypatch, **{"MINICHAT_CACHE": tmp_path, "CXX": "", **environment})
+    assert kernels.for_device(torch.device("cpu")) is cpu
+    assert capfd.readouterr().err == ""
+    other = tmp_path / "int4_cpu.cpp"
+    other.write_bytes(cpu.SOURCE.read_bytes() + b"// changed")
+    monkeypatch.setattr(cpu, "SOURCE", other)
+    rebuilt(monkeypatch)
+    assert kernels.for_device(torch.device("cpu")) is reference
+    assert len(capfd.readouterr().err.splitlines()) == 1
 
 
 def test_what_does_not_compile_means_the_reference(compiled, monkeypatch, tmp_path, capfd):

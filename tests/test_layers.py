@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "minichat"
 
 LAYERS = [
     {"errors", "version"},
-    {"device", "attention", "cache", "losses", "optim", "lora", "tokenizer", "sandbox", "metrics", "kernels"},
+    {"device", "files"},
+    {"attention", "cache", "losses", "optim", "lora", "tokenizer", "sandbox", "metrics", "kernels"},
     {"chat", "model", "int4", "plots"},
     {"data", "weights", "generation"},
     {"training"},

@@ -145,6 +145,25 @@ def test_we_open_pefts_file_key_for_key(settings, tmp_path):
         assert torch.equal(expected[key], found[key])
 
 
+@peft_warns
+@torch.no_grad()
+def test_patterns_can_give_every_module_its_alpha(tmp_path):
+    """Then the config needs none for all, and what is saved again means the same."""
+    peft = pytest.importorskip("peft")
+    targets, alphas = ["q_proj", "down_proj"], {"q_proj": 3, r".*\.down_proj": 20}
+    lora.save(adapted(targets=targets, alpha_pattern=alphas), tmp_path)
+    config = json.loads((tmp_path / lora.CONFIG).read_text())
+    del config["lora_alpha"]
+    (tmp_path / lora.CONFIG).write_text(json.dumps(config))
+    model = lora.load(make(), tmp_path)
+    scales = {name.rsplit(".", 1)[1]: module.lora_scale for name, module in lora.adapted(model).items()}
+    assert scales == {"q_proj": 3 / 4, "down_proj": 20 / 4}
+    lora.save(model, tmp_path / "again")
+    for folder in (tmp_path, tmp_path / "again"):
+        other = peft.PeftModel.from_pretrained(theirs(make()), folder).eval()
+        torch.testing.assert_close(other(IDS).logits, model(IDS), rtol=0, atol=1e-4)
+
+
 # ---- invariants ----
 
 
@@ -311,6 +330,10 @@ def test_only_restricts_an_adapter_to_some_modules(tmp_path):
     torch.testing.assert_close(model(IDS), full(IDS))
     one = lora.load(make(), tmp_path, only=["layers.1.self_attn.k_proj"])
     assert list(lora.adapted(one)) == ["model.layers.1.self_attn.k_proj"]
+    adapter = lora.Adapter(tmp_path)
+    for take in (adapter.only, lambda only: lora.load(make(), adapter, only)):
+        take(["k_proj"])
+        assert {name.rsplit(".", 1)[1] for name in adapter.pairs} == set(lora.ATTENTION)  # it stays whole
     lora.save(one, tmp_path / "one")
     assert json.loads((tmp_path / "one" / lora.CONFIG).read_text())["target_modules"] == list(lora.adapted(one))
     with pytest.raises(BadInput, match="nothing for 'up_proj'"):
@@ -332,6 +355,24 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
         added = module(x) - x @ module.weight.T
         torch.testing.assert_close(x @ adapter.delta(name, module.weight.shape).T, added, rtol=0, atol=1e-4)
     assert adapter.delta("lm_head", torch.Size((97, 48))) is None
+
+
+@pytest.mark.parametrize("over, here, lines", [("a", "b", 1), ("a", "a", 0), (None, "b", 0), ("a", None, 0)])
+def test_an_adapter_over_other_weights_than_its_own_is_told(over, here, lines, tmp_path, capsys):
+    lora.save(adapted(), tmp_path, metadata={"base_fingerprint": over} if over else None)
+    model = make()
+    model.identity = here
+    lora.load(model, tmp_path)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == lines and all(f"{tmp_path} was trained over other weights" in line for line in said)
+
+
+@pytest.mark.parametrize("scheme", [None, "int4 in groups of 32, symmetric"])
+def test_merging_what_was_trained_over_int4_is_told(scheme, tmp_path, capsys):
+    lora.save(adapted(), tmp_path, metadata={"int4": scheme} if scheme else None)
+    lora.merge(lora.load(make(), tmp_path))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == bool(scheme) and all("trained over INT4 weights" in line and scheme in line for line in said)
 
 
 def test_an_adapter_of_another_file_has_another_fingerprint(tmp_path):
@@ -376,6 +417,7 @@ def only_pickle(folder):
 BROKEN = {
     "another kind": (edit_config(peft_type="IA3"), "LORA"),
     "dora": (edit_config(use_dora=True), "use_dora"),
+    "alora": (edit_config(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
     "modules to save": (edit_config(modules_to_save=["lm_head"]), "modules_to_save"),
     "changes the base": (edit_config(init_lora_weights="pissa"), "pissa"),
     "another rank": (edit_config(r=8), "rank 4"),
@@ -385,7 +427,7 @@ BROKEN = {
     "patterns no object": (edit_config(rank_pattern=[1]), "rank_pattern"),
     "pattern no expression": (edit_config(alpha_pattern={"(": 1}), "alpha_pattern"),
     "config not JSON": (lambda folder: (folder / lora.CONFIG).write_text("{"), "not JSON"),
-    "config a list": (lambda folder: (folder / lora.CONFIG).write_text("[]"), "not a LoRA"),
+    "config a list": (lambda folder: (folder / lora.CONFIG).write_text("[]"), "not an object"),
     "no config": (lambda folder: (folder / lora.CONFIG).unlink(), lora.CONFIG),
     "no folder": (shutil.rmtree, lora.CONFIG),
     "no weights": (lambda folder: (folder / lora.WEIGHTS).unlink(), "not there"),

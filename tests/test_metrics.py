@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import subprocess
 import sys
 
 import pytest
@@ -66,6 +68,21 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert lines[0].startswith("sft 1/4 ") and "loss 3 " in lines[0] and "lr 0.0001" in lines[0]
     assert "tokens_per_s 50000" in lines[0] and lines[0].endswith(" s left")
     assert "eval_loss 1.5" in lines[2] and lines[2].endswith(" 0 s left")
+
+
+def test_a_reader_that_has_seen_enough_does_not_stop_a_run(tmp_path):
+    """`2>&1 | head`: the pipe is closed while the run goes on."""
+    read, write = os.pipe()
+    os.close(read)
+    code = (
+        "import pathlib, sys; from minichat.metrics import Metrics\n"
+        "with Metrics(pathlib.Path(sys.argv[1]), 3, 'sft') as out:\n"
+        "    for step in (1, 2, 3): out.write({'step': step, 'loss': 1.0})\n"
+        "print('saved', file=sys.stderr); print('saved')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=write, text=True)
+    os.close(write)
+    assert (done.returncode, done.stdout) == (0, "saved\n") and [r["step"] for r in metrics.read(tmp_path)] == [1, 2, 3]
 
 
 def test_a_bar_on_a_terminal(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """The model against transformers', and attention and cache against the definition of the window."""
 
+import math
+
 import pytest
 import torch
 from helpers import make, theirs
@@ -8,7 +10,7 @@ from minichat.attention import QUERY_BLOCK, View, attention, visible
 from minichat.cache import KVCache
 from minichat.errors import BadInput
 from minichat.generation import generate, prefill
-from minichat.model import Config
+from minichat.model import Config, RMSNorm
 
 CONFIGS = {
     "window below T": {},
@@ -36,15 +38,71 @@ def test_logits_and_greedy_tokens_are_transformers(changes):
     assert generate(model, [ids[0].tolist()], 200, stop_ids=()) == [expected[0, 33:].tolist()]
 
 
-def test_loss_and_gradients_are_transformers():
-    model = make()
+@pytest.mark.parametrize("dtype, kernel", [(torch.float32, "eager"), (torch.bfloat16, "sdpa")])
+@pytest.mark.parametrize("first", [2_000, 30_000])
+@torch.no_grad()
+def test_logits_at_far_positions_are_transformers(first, dtype, kernel):
+    """There an angle's error is the position's multiple of its frequency's: of one ulp, or of 8 bits."""
+    model = make(sliding_window=None, head_dim=64)
+    for weight in model.parameters():
+        if weight.dim() == 1:
+            weight.uniform_(0.5, 1.5)
+    ids = torch.randint(0, 97, (2, 24), generator=torch.Generator().manual_seed(1))
+    positions = (first + 37 * torch.arange(24)).expand(2, -1)
+    expected = theirs(model.to(dtype), kernel)(ids, position_ids=positions).logits
+    found = model(ids, positions)
+    assert found.dtype == expected.dtype == dtype
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    else:  # where a rounding is left out or added, 0.02
+        assert (found - expected).float().norm() / expected.float().norm() < 0.01
+
+
+def test_rms_norm_rounds_as_transformers():
+    """In bf16: once after the normalisation in float32, once after the weight."""
+    mistral = pytest.importorskip("transformers.models.mistral.modeling_mistral")
+    ours, other = (kind(48, 1e-5).bfloat16() for kind in (RMSNorm, mistral.MistralRMSNorm))
+    ours.weight.data.normal_()
+    other.load_state_dict(ours.state_dict())
+    for size in (1e-3, 1, 100):
+        x = (torch.randn(50, 48) * size).bfloat16()
+        assert torch.equal(ours(x), other(x))
+
+
+@pytest.mark.parametrize("T, window", [(21, 8), (131, 20), (131, 50)])
+def test_loss_and_gradients_are_transformers(T, window, monkeypatch):
+    """Also of several blocks of queries, longer and shorter than the window."""
+    monkeypatch.setattr("minichat.attention.QUERY_BLOCK", 32)
+    model = make(sliding_window=window)
     other = theirs(model)
-    ids = torch.randint(0, 97, (3, 21))
+    ids = torch.randint(0, 97, (3, T))
+    torch.testing.assert_close(model(ids), other(ids).logits, rtol=0, atol=1e-4)
     torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     other(ids, labels=ids).loss.backward()
     expected = dict(other.named_parameters())
     for name, weight in model.named_parameters():
         torch.testing.assert_close(weight.grad, expected[name].grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [100, 300])
+def test_training_keeps_no_mask_per_layer(window, monkeypatch):
+    """One more layer keeps for backward what it keeps without a window; masks would be a quarter more at least."""
+    monkeypatch.setattr("minichat.attention.QUERY_BLOCK", 128)
+    ids = torch.randint(0, 97, (1, 1024))
+
+    def kept(layers, window):
+        model, storages = make(num_hidden_layers=layers, sliding_window=window), {}
+
+        def keep(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()  # held, so that no address is used twice
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model(ids)
+        return sum(storage.nbytes() for storage in storages.values())
+
+    layer, plain = (kept(3, w) - kept(2, w) for w in (window, None))
+    assert plain > 0 and layer < 1.1 * plain
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 600])
@@ -67,10 +125,19 @@ def test_window_counts_the_query_itself():
     assert visible(pos, pos, 3)[0, 0].sum(-1).tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 3, 3]
 
 
-@pytest.mark.parametrize("window, slots", [(8, 100), (None, 64), (8, 3), (5, 5)])
+@pytest.mark.parametrize("size", [1, 16])
+@pytest.mark.parametrize("window, slots", [(8, 100), (None, 64), (8, 3), (5, 5), (30, 100)])
 @torch.no_grad()
-def test_chunked_prefill_is_the_full_forward(window, slots):
-    """Every way to cut 40 tokens, also into chunks longer than the window and the ring."""
+def test_chunked_prefill_is_the_full_forward(window, slots, size, monkeypatch):
+    """Every way to cut 40 tokens, also into chunks longer than the window and the ring; and what is seen of the ring
+    is what was written, up to the next of the device's sizes."""
+
+    def rounded(length, where=None):
+        return -(-length // size) * size
+
+    seen = []
+    monkeypatch.setattr("minichat.cache.bucket", rounded)
+    monkeypatch.setattr("minichat.model.attention", lambda q, k, v, view: seen.append(k) or attention(q, k, v, view))
     model = make(sliding_window=window if slots != 3 else 3)
     ids = torch.randint(0, 97, (2, 40))
     full = model(ids)
@@ -81,6 +148,9 @@ def test_chunked_prefill_is_the_full_forward(window, slots):
             positions = torch.arange(start, start + length).expand(2, -1)
             found = model(ids[:, start : start + length], positions, cache)
             torch.testing.assert_close(found, full[:, start : start + length], rtol=0, atol=1e-4)
+            # a single token's key is in the ring already, those of several are seen beside it
+            ring, beside = (start + 1, 0) if length == 1 else (start, length)
+            assert seen[-1].shape[2] == min(rounded(ring), slots, window or slots) + beside
             start += length
 
 
@@ -104,8 +174,10 @@ def test_a_batch_is_its_rows_whatever_the_padding():
     assert generate(model, prompts, 25, stop_ids=()) == alone
 
 
+@pytest.mark.parametrize("block", [QUERY_BLOCK, 4])
 @torch.no_grad()
-def test_padding_on_either_side_does_not_reach_a_token():
+def test_padding_on_either_side_does_not_reach_a_token(block, monkeypatch):
+    monkeypatch.setattr("minichat.attention.QUERY_BLOCK", block)
     model = make()
     ids = torch.randint(0, 97, (1, 12))
     expected = model(ids)
@@ -183,6 +255,9 @@ def test_config_reads_both_generations_of_transformers():
     assert Config.from_dict(four) == Config.from_dict(five)
     assert Config.from_dict(four).rope_theta == 1e6 and Config.from_dict(four).sliding_window is None
     assert Config.from_dict(RAW).sliding_window == 4096  # the default of transformers' class
+    assert Config.from_dict({**RAW, "architectures": "MistralForCausalLM"}) == Config.from_dict(RAW)
+    assert Config.from_dict({**RAW, "eos_token_id": [2, 7]}).eos_token_id == [2, 7]
+    assert Config.from_dict({**RAW, "eos_token_id": None}).eos_token_id is None
     assert Config.from_dict(Config.from_dict(four).to_dict(torch.bfloat16)) == Config.from_dict(four)
 
 
@@ -201,6 +276,13 @@ BAD = {
     "odd": {"head_dim": 3},
     "window": {"sliding_window": -1},
     "eps": {"rms_norm_eps": 0},
+    "rope in a word": {"rope_scaling": "linear"},
+    "architecture a number": {"architectures": 7},
+    "eos in words": {"eos_token_id": "2"},
+    "one eos in words": {"eos_token_id": [2, "x"]},
+    "several bos": {"bos_token_id": [1, 2]},
+    "huge": {"vocab_size": 10**21},
+    "infinite": {"rope_theta": math.inf},
 }
 
 

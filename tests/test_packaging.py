@@ -7,7 +7,6 @@ import shutil
 import site
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -157,9 +156,9 @@ def test_minichat_costs_under_0_3_s_beyond_torch():
 
 
 def test_help_shows_in_under_2_s():
-    seconds = []
-    while len(seconds) < 3 and min(seconds, default=9) > 2:
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, ROOT / "infer.py", "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 2 and "--temperature" in done.stdout
+    """The processor's seconds: others may use this machine."""
+    before = os.times()
+    done = subprocess.run([sys.executable, ROOT / "infer.py", "--help"], capture_output=True, text=True, check=True)
+    after = os.times()
+    spent = after.children_user - before.children_user + after.children_system - before.children_system
+    assert spent < 2 and "--temperature" in done.stdout

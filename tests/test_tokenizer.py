@@ -160,7 +160,7 @@ def built(kind: str = "prepend") -> Tokenizer:
 
 def test_special_tokens(tmp_path):
     tokenizer = Tokenizer(write(tmp_path))
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.stop_ids) == (1, 2, 2, (2,))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (1, 2, (2,))
     assert tokenizer.add_bos and tokenizer.chat_template is None
     assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     assert tokenizer.vocab_size == max(backend("prepend").get_vocab().values()) + 1
@@ -170,7 +170,7 @@ def test_tokens_as_dicts_and_null(tmp_path):
     folder = write(tmp_path, bos_token=None, eos_token={"content": "</s>", "special": True}, pad_token="<unk>")
     (folder / "config.json").write_text('{"bos_token_id": 1}')
     tokenizer = Tokenizer(folder)
-    assert (tokenizer.bos_id, tokenizer.add_bos, tokenizer.eos_id, tokenizer.pad_id) == (None, False, 2, 0)
+    assert (tokenizer.bos_id, tokenizer.add_bos, tokenizer.eos_id) == (None, False, 2)
     assert "bos_token" not in tokenizer.special_tokens
 
 
@@ -195,8 +195,11 @@ def test_add_bos(tmp_path):
     assert Tokenizer(write(tmp_path / "c", "byte-level", add_bos_token=True)).add_bos
 
 
-def test_pad_that_is_not_in_the_vocabulary_is_eos(tmp_path):
-    assert Tokenizer(write(tmp_path, pad_token="[PAD]")).pad_id == 2
+def test_pad_that_is_not_in_the_vocabulary_is_no_error(tmp_path):
+    tokenizer = Tokenizer(write(tmp_path / "a", pad_token="[PAD]"))
+    assert tokenizer.special_tokens["pad_token"] == "[PAD]"
+    tokenizer.save(tmp_path / "b")
+    assert "pad_token_id" not in json.loads((tmp_path / "b" / "generation_config.json").read_text())
 
 
 def test_tokens_that_only_the_config_has(tmp_path):
@@ -241,6 +244,48 @@ def test_errors(tmp_path):
         Tokenizer(tmp_path)
 
 
+WRONG = {
+    "eos is a number": ("tokenizer_config.json", {"eos_token": 0}, "eos_token is 0"),
+    "bos is a list": ("special_tokens_map.json", {"bos_token": ["<s>"]}, "bos_token is ['<s>']"),
+    "eos holds a number": ("tokenizer_config.json", {"eos_token": {"content": 2}}, "eos_token is 2"),
+    "added tokens in a list": ("tokenizer_config.json", {"added_tokens_decoder": ["<s>"]}, "added_tokens_decoder"),
+    "added token a string": ("tokenizer_config.json", {"added_tokens_decoder": {"3": "<s>"}}, "added_tokens_decoder"),
+    "added token a number": ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": 1}}}, "maps no ids"),
+    "added token without id": ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "no ids"),
+    "template a number": ("tokenizer_config.json", {"chat_template": 1}, "chat_template is 1"),
+    "named template a number": (
+        "tokenizer_config.json",
+        {"chat_template": [7, {"name": "default", "template": 1}]},
+        "chat_template is 1",
+    ),
+    "eos id in words": ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id is 'x'"),
+    "one eos id in words": ("config.json", {"eos_token_id": [2, "x"]}, "eos_token_id is [2, 'x']"),
+    "pad id in words": ("config.json", {"pad_token_id": {"id": 0}}, "pad_token_id is {'id': 0}"),
+}
+
+
+@pytest.mark.parametrize("name, content, message", WRONG.values(), ids=WRONG)
+def test_values_of_a_wrong_kind(tmp_path, name, content, message):
+    write(tmp_path)
+    if name != "tokenizer_config.json":
+        (tmp_path / "tokenizer_config.json").unlink()
+        (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    old = json.loads((tmp_path / name).read_text()) if (tmp_path / name).exists() else {}
+    (tmp_path / name).write_text(json.dumps({**old, **content}))
+    with pytest.raises(BadInput) as error:
+        Tokenizer(tmp_path)
+    assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_ids_that_are_no_tokens_are_no_errors(tmp_path):
+    """-1 is how some say that there is no padding; what is beyond the vocabulary is another tokenizer's."""
+    write(tmp_path)
+    (tmp_path / "config.json").write_text('{"pad_token_id": 99999, "bos_token_id": 1, "eos_token_id": [2, 99999, -1]}')
+    (tmp_path / "generation_config.json").write_text('{"pad_token_id": -1, "eos_token_id": null}')
+    tokenizer = Tokenizer(tmp_path)
+    assert "pad_token" not in tokenizer.special_tokens and tokenizer.stop_ids == (2,)
+
+
 def test_missing_special_tokens(tmp_path):
     with pytest.raises(BadInput, match="no end-of-text token"):
         Tokenizer(write(tmp_path, eos_token=None))
@@ -258,9 +303,8 @@ def test_ids_beyond_the_vocabulary(ids):
 
 
 def test_text_that_is_no_unicode():
-    for encode in (built().encode, lambda text: built().encode_batch(["fine", text])):
-        with pytest.raises(BadInput, match=r"'a\\ud83d' is not Unicode"):
-            encode("a\ud83d")
+    with pytest.raises(BadInput, match=r"'a\\ud83d' is not Unicode"):
+        built().encode("a\ud83d")
 
 
 # ---- ids
@@ -273,7 +317,6 @@ def test_encode(text):
         tokenizer, reference = built(kind), backend_once(kind)
         ids = tokenizer.encode(text)
         assert ids == reference.encode(text, add_special_tokens=False).ids
-        assert tokenizer.encode_batch([text, "a"]) == [ids, tokenizer.encode("a")]
 
 
 def test_saved_truncation_and_padding_are_not_ours(tmp_path):
@@ -336,7 +379,45 @@ def test_save_copies_every_file(tmp_path):
     tokenizer.save(tmp_path / "b")
     tokenizer.save(folder)  # onto itself: nothing to do
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()} and len(files) == 5
+    assert (
+        files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()} and len(files) == 6
+    )  # and generation_config.json
+
+
+STOPS = {
+    "named": ({"eos_token": "</s>"}, {"eos_token_id": 2}, None, (2,)),
+    "several": ({"eos_token": "</s>"}, {"eos_token_id": 2}, {"eos_token_id": [2, 300]}, (2, 300)),
+    "by the model's id": ({}, {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}, None, (2,)),
+    "by several ids": ({"eos_token": "</s>"}, {"eos_token_id": [7, 2]}, {"eos_token_id": 9}, (2, 9, 7)),
+}
+
+
+@pytest.mark.parametrize("template", [None, "{{ 1 }}"])
+@pytest.mark.parametrize("names, model, generation, stop_ids", STOPS.values(), ids=STOPS)
+def test_what_is_saved_knows_the_models_ids(tmp_path, names, model, generation, stop_ids, template):
+    """Without config.json, which an adapter's folder does not have."""
+    folder = write(tmp_path / "a")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    (folder / "config.json").write_text(json.dumps(model))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = Tokenizer(folder)
+    tokenizer.save(tmp_path / "b", chat_template=template)
+    saved = Tokenizer(tmp_path / "b")
+    assert saved.stop_ids == tokenizer.stop_ids == stop_ids
+    assert (saved.bos_id, saved.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert saved.special_tokens == tokenizer.special_tokens
+    tokenizer.save(tmp_path / "b", stop_ids=(2, 11))  # of a template that ends its answers with 11
+    assert set(Tokenizer(tmp_path / "b").stop_ids) == {2, 11}
+
+
+def test_save_of_files_that_have_gone(tmp_path):
+    tokenizer = Tokenizer(write(tmp_path / "a"))
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(BadInput, match="has gone"):
+        tokenizer.save(tmp_path / "b")
+    assert not list((tmp_path / "b").iterdir())
 
 
 def test_save_with_a_template(tmp_path):

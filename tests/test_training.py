@@ -114,6 +114,43 @@ def test_accumulation_is_the_same_step_however_it_is_split(what):
             torch.testing.assert_close(weight, results[0][1][name], rtol=0, atol=1e-6)
 
 
+def test_bf16_gradients_add_up_in_float32(monkeypatch):
+    """A full run over bf16 weights: the step's gradient is the exact float32 sum of its micro-batches' bf16 ones."""
+    model, items, method = make().to(torch.bfloat16), examples(8), training.sft()
+    twin, kept = copy.deepcopy(model).train(), []
+    monkeypatch.setattr(optim, "AdamW", lambda *a, kind=optim.AdamW: kept.append(kind(*a)) or kept[0])
+    # Adam's first moment is then the gradient itself
+    settings = dict(steps=1, batch_size=1, accumulate=8, clip=0, betas=(0.0, 0.999))
+    fit(model, method, items, **settings)
+    batches = next(training.steps(items, Settings(**settings), method, model.device))
+    weight = sum(batch.weight for batch in batches)
+    expected = [torch.zeros(p.shape) for p in twin.parameters()]
+    for batch in batches:
+        twin.zero_grad()
+        (method.objective(twin, batch.tensors)["loss"] / weight).backward()
+        for total, p in zip(expected, twin.parameters()):
+            total += p.grad.float()
+    for master, total in zip(kept[0].masters, expected):
+        assert torch.equal(kept[0].adamw.state[master]["exp_avg"], total)
+    assert any(not torch.equal(total, total.bfloat16().float()) for total in expected)
+
+
+def test_a_graph_ends_with_each_backward_and_each_update(monkeypatch):
+    """On an HPU nothing runs before, and a graph over several would be another one each time."""
+    events = []
+
+    def watch(owner, name, event):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (plain(*a, **k), events.append(event))[0])
+
+    watch(torch.Tensor, "backward", "backward")
+    watch(optim.AdamW, "step", "update")
+    watch(training.device, "mark_step", "mark")
+    fit(adapted(), training.sft(), examples(), steps=2, batch_size=2, accumulate=3)
+    step = ["backward", "mark"] * 3 + ["update", "mark"]
+    assert events == step + step[:2] + step[-2:]  # 8 records are 4 micro-batches: the second step has one
+
+
 def test_full_training_is_the_plain_loop_with_transformers(tmp_path):
     """Their model, loss, schedule and clipping, torch's AdamW: the same losses, norms and final weights."""
     transformers = pytest.importorskip("transformers")
@@ -326,7 +363,7 @@ def test_metrics_have_what_readers_rely_on(tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_names_its_records(log_every):
     """Also when it is read later, when the steps after it are not finite either."""
     model, items = adapted(), examples(6)
-    second = data.order([len(e) for e in items], 2, 42, 0)[1]
+    [second] = data.order([len(e) for e in items], 2, 1, 42, 0)[1]
     model.model.embed_tokens.weight.data[50] = math.nan
     for i, e in enumerate(items):
         e.ids = [51 if token == 50 else token for token in e.ids]

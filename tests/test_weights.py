@@ -1,11 +1,15 @@
 """Folders both ways against transformers, adapters over them, memory, and one line for what is wrong with a file."""
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import make
 from safetensors.torch import load_file, save_file
@@ -199,34 +203,64 @@ def test_saving_over_a_folder_leaves_nothing_of_the_old_one(tmp_path):
     tokenizer = Tokenizer(BASE)
     for model, flags in ((small(num_hidden_layers=3), SHARDED), (small(seed=1), SHARDED), (small(seed=2), {})):
         minichat.save(model, tokenizer, tmp_path, **flags)
-        assert torch.equal(logits(minichat.load(tmp_path)[0]), logits(model))
+        found, again = minichat.load(tmp_path)
+        assert torch.equal(logits(found), logits(model)) and again.chat_template == tokenizer.chat_template
+        (tmp_path / "chat_template.jinja").write_text("of a tokenizer that had one")
         index = tmp_path / weights.INDEX
         listed = set(json.loads(index.read_text())["weight_map"].values()) if flags else {"model.safetensors"}
         assert {file.name for file in tmp_path.glob("*.safetensors")} == listed
-        assert index.exists() == bool(flags) and not list(tmp_path.glob("*.part"))
+        assert index.exists() == bool(flags)
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_save_that_fails_leaves_the_old_model(tmp_path, monkeypatch, failing):
-    """At whichever shard: same names, same number, so that a half of the new ones would go unnoticed."""
-    import safetensors.torch
+def full_disk(monkeypatch, failing):
+    """From now on the disk is full where a file called `failing` is written."""
 
+    def patch(owner, name, at, error):
+        plain = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            if Path(args[at]).name == failing:
+                raise error
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    patch(Path, "write_text", 0, full)
+    patch(shutil, "copyfile", 1, full)
+    patch(safetensors.torch, "save_file", 1, safetensors.SafetensorError(f"I/O error: {full.strerror}"))
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_save_that_fails_leaves_the_old_model(tmp_path, monkeypatch):
+    """At whichever file: shards have the same names, so that a half of the new ones would go unnoticed."""
     model, tokenizer = small(seed=0), Tokenizer(BASE)
     minichat.save(model, tokenizer, tmp_path, **SHARDED)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    calls = []
-
-    def full(*args, plain=safetensors.torch.save_file, **kwargs):
-        calls.append(1)
-        if len(calls) == failing:
-            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
-        plain(*args, **kwargs)
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    one_line(lambda: minichat.save(small(seed=1), tokenizer, tmp_path, **SHARDED), tmp_path, "No space left")
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-    monkeypatch.undo()
+    before = contents(tmp_path)
+    assert {weights.INDEX, "config.json", "generation_config.json", "tokenizer.json"} < before.keys()
+    new = small(seed=1, rope_theta=5e5)
+    for name in before:
+        with monkeypatch.context() as patch:
+            full_disk(patch, name)
+            save = partial(minichat.save, new, tokenizer, tmp_path, template="{{ 1 }}", stop_ids=(2, 300), **SHARDED)
+            one_line(save, tmp_path, "cannot be written", "No space left")
+        assert contents(tmp_path) == before, name
     assert torch.equal(logits(minichat.load(tmp_path)[0]), logits(model))
+
+
+def test_an_adapters_save_that_fails_leaves_the_old_one(base, tmp_path, monkeypatch):
+    adapt(base, tmp_path, 1)
+    before = contents(tmp_path)
+    for name in (lora.WEIGHTS, lora.CONFIG):
+        with monkeypatch.context() as patch:
+            full_disk(patch, name)
+            one_line(lambda: adapt(base, tmp_path, 2), tmp_path, "cannot be written", "No space left")
+        assert contents(tmp_path) == before, name
+    adapt(base, tmp_path, 2)
+    assert {*contents(tmp_path)} == {*before} and contents(tmp_path) != before
 
 
 def test_saving_over_the_folder_that_the_model_was_read_from(base, tmp_path):
@@ -371,15 +405,29 @@ def test_a_run_folder_is_a_model(base, tmp_path):
     torch.testing.assert_close(logits(minichat.load(run)[0]), logits(expected), rtol=0, atol=1e-4)
 
 
-def test_another_base_is_refused_unless_it_is_named(base, tmp_path):
+def test_another_base_is_refused_unless_it_is_named(base, tmp_path, capsys):
     folder = copied(base, tmp_path / "base")
     adapt(folder, tmp_path / "adapter", 1)
     minichat.load(tmp_path / "adapter")
+    minichat.load(folder, adapter=tmp_path / "adapter")
+    assert "other weights" not in capsys.readouterr().err
     edit(folder, lambda t: t["lm_head.weight"].add_(1))
     one_line(lambda: minichat.load(tmp_path / "adapter"), tmp_path / "adapter", "other weights", "--adapter")
     minichat.load(folder, adapter=tmp_path / "adapter")
+    said = [line for line in capsys.readouterr().err.splitlines() if "other weights" in line]
+    assert len(said) == 1 and str(folder) in said[0] and str(tmp_path / "adapter") in said[0]
     shutil.rmtree(folder)
     one_line(lambda: minichat.load(tmp_path / "adapter"), tmp_path / "adapter", folder, "--adapter")
+
+
+def test_another_shard_is_another_base(tmp_path):
+    """Whichever of them it is."""
+    minichat.save(small(), Tokenizer(BASE), tmp_path, **SHARDED)
+    found = [weights.identity(tmp_path)]
+    for shard in sorted(tmp_path.glob("*.safetensors")):
+        edit(tmp_path, lambda t: [tensor.mul_(2) for tensor in t.values()], shard.name)
+        found.append(weights.identity(tmp_path))
+    assert len(found) > 3 and len(set(found)) == len(found)
 
 
 def test_an_adapter_over_itself_ends(base, tmp_path):
@@ -409,6 +457,10 @@ def test_adapter_over_int4_stays_beside_it(base, packed, tmp_path, capsys):
     merged, _ = minichat.load(tmp_path / "q")  # into the float weights: says so
     assert capsys.readouterr().err.count("was trained over INT4 weights") == 1
     assert not lora.adapted(merged) and merged.scheme is None
+    edited = copied(base, tmp_path / "edited")
+    edit(edited, lambda t: t["lm_head.weight"].add_(1))
+    minichat.load(edited, adapter=tmp_path / "q", int4=True)
+    assert capsys.readouterr().err.count("trained over other weights") == 1
     other, _ = minichat.load(tmp_path / "q", int4=Scheme(8))
     assert capsys.readouterr().err.count("was trained over INT4 weights") == 1
     assert not lora.adapted(other)

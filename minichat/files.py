@@ -1,0 +1,74 @@
+"""Files of JSON and tensors: read with one clear line for what is wrong, written whole or not at all."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from minichat.errors import BadInput
+
+
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """The object in a JSON file. If there is no such file: `missing`, or BadInput where that is None."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if missing is not None:
+            return missing
+        raise BadInput(f"{path}: {error.strerror}") from None
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not JSON ({str(error)[:200]}); download it again") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} holds a {type(value).__name__}, not an object; download it again")
+    return value
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_tensors(tensors: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises BadInput naming it if it cannot be written."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        raise BadInput(f"{path}: cannot be written: {error}") from None
+    path.chmod(mode)  # that of any new file: the library makes its own readable by their owner alone
+
+
+@contextmanager
+def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator[Path]:
+    """A new folder to write files into, which take their place in `folder` together when all of them are whole.
+
+    The file called `last`, by which a reader knows the folder, comes last. What matches a pattern of `stale` and was
+    not written again is deleted. If anything fails, `folder` is as it was; a disk that is full is BadInput.
+    """
+    folder = Path(folder)
+    scratch = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
+        yield scratch
+        written = sorted(scratch.iterdir(), key=lambda file: file.name == last)
+        names = {file.name for file in written}
+        for old in {old for pattern in stale for old in folder.glob(pattern)}:
+            if old.name not in names:
+                old.unlink()
+        for file in written:
+            file.replace(folder / file.name)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written: {error.strerror or error}") from None
+    except BadInput as error:
+        raise BadInput(str(error).replace(str(scratch), str(folder))) from None
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
