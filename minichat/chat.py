@@ -210,9 +210,16 @@ def stops(template: str, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[s
 
     ChatML's <|im_end|> is a token of the models that were made for it, and to every other tokenizer plain text.
     """
-    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text, spans, _ = _layout(turn, template_text(template, tokenizer), tokenizer, False)
-    end = text[slice(*spans[-1])].rpartition("b")[2].strip() if spans else ""
+    jinja, end = template_text(template, tokenizer), ""
+    said = "\N{SNOWMAN}"  # nothing that a template writes itself
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
+    for messages in (turn, [{"role": "system", "content": "a"}, *turn]):  # some want a system message, some none
+        try:
+            text, spans, _ = _layout(messages, jinja, tokenizer, False)
+        except BadInput:
+            continue
+        end = text[slice(*spans[-1])].rpartition(said)[2].strip() if spans else ""
+        break
     id = tokenizer.special_id(end)
     ids = tokenizer.stop_ids if id is None else dict.fromkeys([*tokenizer.stop_ids, id])
     return tuple(ids), (end,) if end and id is None else ()

@@ -18,6 +18,7 @@ from minichat.version import __version__
 
 BASE = Path(__file__).parent / "assets" / "base"  # the embedded default
 RUNS = {"sft": Path("runs/sft"), "dpo": Path("runs/dpo")}
+REPLACED = "replaced-run"  # where --overwrite keeps the old run until the new one is saved
 RESULTS = {"adapter": "adapter_config.json", "model": "config.json"}  # of a run: a folder, and what is in every such
 
 
@@ -45,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         return super().parse_args(self._expanded(sys.argv[1:] if args is None else args), namespace)
 
-    def _expanded(self, words: Sequence[str]) -> list[str]:
+    def _expanded(self, words: Sequence[str], depth: int = 0) -> list[str]:
         """The words with those of files in the place of @file; what a flag takes is no file, also if it begins so."""
         takes = {flag for action in self._actions if action.nargs is None for flag in action.option_strings}
         found: list[str] = []
@@ -53,13 +54,15 @@ class Parser(argparse.ArgumentParser):
             if not word.startswith("@") or before in takes:
                 found.append(word)
                 continue
+            if depth == 8:
+                self.error(f"file of flags {word[1:]}: files in files without end")
             try:
                 inside = shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
             except OSError as error:
                 self.error(f"file of flags {word[1:]}: {error.strerror}")
             except ValueError as error:
                 self.error(f"file of flags {word[1:]}: {error}")
-            found += self._expanded(inside)
+            found += self._expanded(inside, depth + 1)
         return found
 
     def error(self, message: str):
@@ -184,7 +187,7 @@ def check_training(args: argparse.Namespace) -> None:
     is_run = (args.out / "metrics.jsonl").exists()
     if is_run and not args.overwrite:
         raise BadInput(f"--out {args.out} holds a run already; choose another folder, or --overwrite")
-    for name in ("config.json", *RESULTS):
+    for name in ("config.json", "loss.png", "data.jsonl", *RESULTS):
         if not is_run and (args.out / name).exists():
             raise BadInput(f"--out {args.out} holds {name}, which is not of a run; choose another folder")
 
@@ -210,20 +213,25 @@ def default_model(*runs: str) -> Path:
 def start_run(args: argparse.Namespace) -> None:
     """Make the run folder and its config.json: flags, versions and commit.
 
-    An earlier run in it is moved to replaced/ until this one has saved its result: one that fails loses nothing.
+    An earlier run in it is moved to replaced-run/ until this one has saved its result: one that fails loses nothing.
     """
     import torch
 
     args.out.mkdir(parents=True, exist_ok=True)
-    aside = args.out / "replaced"
-    failed = aside.exists()  # the run after that one: what it left goes, what it was to replace stays
+    was_run = (args.out / "metrics.jsonl").exists()
+    aside = args.out / REPLACED
+    # an old run is there still: the one after it failed, and what that left goes
+    failed = (aside / "metrics.jsonl").exists()
     for name in ("config.json", "metrics.jsonl", "loss.png", "data.jsonl", *RESULTS):
         old = args.out / name
+        if not was_run or not old.exists():
+            continue
         if failed:
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        elif old.exists():
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        else:
             aside.mkdir(exist_ok=True)
             old.rename(aside / name)
+    (args.out / "metrics.jsonl").touch()  # by it the folder is known as a run's, from its first file on
     content = {
         "minichat": __version__,
         "commit": _commit(),
@@ -238,7 +246,9 @@ def start_run(args: argparse.Namespace) -> None:
 
 def end_run(args: argparse.Namespace) -> None:
     """The run has its result: what it replaces is no longer needed."""
-    shutil.rmtree(args.out / "replaced", ignore_errors=True)
+    aside = args.out / REPLACED
+    if (aside / "metrics.jsonl").exists():
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _commit() -> str | None:
@@ -290,7 +300,8 @@ def run(main: Callable[[], None]) -> None:
         # torch's own class for it is there only once torch is, and its CPU allocator raises none
         if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
             raise
-        sys.exit(_fail(f"out of memory: {error!s:.200}; try a smaller --batch-size, --max-length, or --int4"))
+        what = str(error)[:200] or "the host has none left"
+        sys.exit(_fail(f"out of memory: {what}; try a smaller --batch-size, --max-length, or --int4"))
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)

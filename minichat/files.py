@@ -60,11 +60,11 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
         yield scratch
         written = sorted(scratch.iterdir(), key=lambda file: file.name == last)
         names = {file.name for file in written}
+        for file in written:
+            file.replace(folder / file.name)
         for old in {old for pattern in stale for old in folder.glob(pattern)}:
             if old.name not in names:
                 old.unlink()
-        for file in written:
-            file.replace(folder / file.name)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror or error}") from None
     except BadInput as error:

@@ -10,6 +10,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 
+def show(line: str) -> None:
+    """Print to stderr; where nobody reads it any more (`2>&1 | head`), nothing stops."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 class Metrics:
     """Writes one object per logged step to folder/metrics.jsonl and shows it on stderr. A context manager.
 
@@ -49,10 +57,7 @@ class Metrics:
             left = seconds / max(1, record["step"]) * (self.steps - record["step"])
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
             line = f"{self.what} {record['step']}/{self.steps}  {text}  {left:.0f} s left"
-            try:
-                print(line, file=sys.stderr, flush=True)
-            except BrokenPipeError:  # `2>&1 | head` has seen enough; the run goes on
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            show(line)
 
 
 def _short(value: float) -> str:

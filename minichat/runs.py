@@ -2,16 +2,14 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from minichat import chat, cli, data, files, lora, training, weights
+from minichat import chat, cli, data, files, lora, metrics, training, weights
 from minichat.assets import sums
 from minichat.errors import BadInput
-from minichat.metrics import Metrics
 from minichat.model import Mistral
 from minichat.tokenizer import Tokenizer
 
@@ -19,7 +17,7 @@ EMBEDDED = {"sft": ("sft", 8000), "dpo": ("pairs", 1500)}  # without --data: kin
 
 
 def say(text: str) -> None:
-    print(f"minichat: {text}", file=sys.stderr)
+    metrics.show(f"minichat: {text}")
 
 
 def new_model(args: argparse.Namespace) -> tuple[Mistral, Tokenizer]:
@@ -53,6 +51,10 @@ def check_out(args: argparse.Namespace) -> None:
     for used in (folder, *(adapter.folder for adapter in adapters), *extra):
         if used.resolve().is_relative_to(args.out.resolve()):
             raise BadInput(f"--out {args.out} holds {used}, which this run starts from; choose another folder")
+    for name in ("config.json", "metrics.jsonl", "loss.png", "data.jsonl"):  # a run writes these, and replaces its own
+        for data_file in (args.data, args.eval_data):
+            if data_file and (args.out / name).resolve() == Path(data_file).resolve():
+                raise BadInput(f"{data_file} is where this run writes its own {name}; choose another --out")
 
 
 def train(
@@ -84,6 +86,7 @@ def train(
         targets = [name.strip() for name in args.lora_targets.split(",") if name.strip()]
         lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
     template = chat.template_text(args.template, tokenizer)
+    stop_ids, _ = chat.stops(template, tokenizer)
     items, report = read(data.read_jsonl(args.data) if args.data else embedded(args, what))
     say(f"{args.data or 'no --data, so sums'}: {report}")
     eval_items = None
@@ -115,9 +118,8 @@ def train(
     cli.start_run(args)
     if args.data is None:
         sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
-    with Metrics(args.out, total, what) as metrics:
-        training.fit(model, method, items, settings, metrics, eval_items)
-    stop_ids, _ = chat.stops(template, tokenizer)
+    with metrics.Metrics(args.out, total, what) as log:
+        training.fit(model, method, items, settings, log, eval_items)
     if args.full:
         weights.save_model(model, tokenizer, args.out / "model", cli.torch_dtype(args.save_dtype), template, stop_ids)
     else:

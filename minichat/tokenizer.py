@@ -243,7 +243,7 @@ class Tokenizer:
         for config in configs:
             value = config.get(key)
             ids = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(isinstance(id, int) for id in ids):
+            if not all(isinstance(id, int) and not isinstance(id, bool) for id in ids):
                 raise BadInput(f"{key} is {value!r} in {self.folder}'s files; it must be a token's id, or null")
             found += ids
         return found
@@ -271,7 +271,9 @@ class Tokenizer:
         for id, token in sorted(described.items(), key=lambda item: int(item[0])):
             if self._tokenizer.token_to_id(token["content"]) is None:
                 flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-                self._tokenizer.add_tokens([AddedToken(token["content"], **{f: token[f] for f in flags if f in token})])
+                self._tokenizer.add_tokens(
+                    [AddedToken(token["content"], **{f: bool(token[f]) for f in flags if f in token})]
+                )
                 if self._tokenizer.token_to_id(token["content"]) != int(id):
                     raise BadInput(
                         f"token {token['content']!r} has id {id} in {self.folder}/tokenizer_config.json, and "
@@ -281,7 +283,10 @@ class Tokenizer:
     def _find_template(self, configured: str | list | None) -> str | None:
         path = self.folder / TEMPLATE_FILE
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise BadInput(f"{path}: not UTF-8 text: {error}") from None
         if isinstance(configured, list):
             named = [entry for entry in configured if isinstance(entry, dict) and entry.get("name") == "default"]
             configured = named[0].get("template") if named else None

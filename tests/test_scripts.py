@@ -324,10 +324,10 @@ def test_a_run_that_fails_keeps_the_one_that_it_was_to_replace(done, run, base, 
 
     def left_behind() -> set[str]:
         found = contents("a")
-        assert {name: text for name, text in found.items() if name.startswith("replaced/")} == {
-            f"replaced/{name}": text for name, text in old.items()
+        assert {name: text for name, text in found.items() if name.startswith("replaced-run/")} == {
+            f"replaced-run/{name}": text for name, text in old.items()
         }
-        return {name for name in found if not name.startswith("replaced/")}
+        return {name for name in found if not name.startswith("replaced-run/")}
 
     code, _, err = run(*flags, "--lr", 1e30, "--clip", 0, "--warmup", 0)
     assert code == 2 and "not finite" in err
@@ -341,8 +341,8 @@ def test_a_run_that_fails_keeps_the_one_that_it_was_to_replace(done, run, base, 
         code, _, err = run(*flags)
         assert code == 2 and "error: a/adapter: cannot be written: No space left on device" in err
         assert left_behind() == {"config.json", "metrics.jsonl"}  # and nothing of an adapter
-    restored, _ = minichat.load("a/replaced")
-    assert contents("a/replaced") == old and restored.source.endswith("replaced/adapter")
+    restored, _ = minichat.load("a/replaced-run")
+    assert contents("a/replaced-run") == old and restored.source.endswith("replaced-run/adapter")
 
     done(*flags)
     new = contents("a")
@@ -423,7 +423,7 @@ def test_an_answer_ends_where_it_was_taught_to(done, tmp_path, special):
     minichat.save(model, Tokenizer(tmp_path / "base"), tmp_path / "base")
     text = "It is 42, I think."
     (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "Six sevens?", "completion": text}) + "\n")
-    flags = ("--full", "--template", "chatml", "--steps", 40, "--batch-size", 1, "--lr", 5e-3, "--warmup", 0)
+    flags = ("--full", "--template", "chatml", "--steps", 40, "--batch-size", 1, "--lr", 5e-3, "--schedule", "constant")
     done("train.py", "--model", "base", "--data", "data.jsonl", "--out", "a", *flags)
 
     model, tokenizer = minichat.load("a")
@@ -438,6 +438,54 @@ def test_an_answer_ends_where_it_was_taught_to(done, tmp_path, special):
     records = [{"question": "Six sevens?", "answer": 42}] * 3
     scores = evaluate.exact_match(model, tokenizer, records, "auto", batch_size=2, max_new_tokens=60)
     assert scores == {"exact_match": 1.0, "answers": [text] * 3}
+
+
+def test_a_run_deletes_nothing_of_the_users(done, run, base, files):
+    """Its data beside it, a folder or a picture of a name that a run uses, data in the place of an old run's."""
+    records = Path(files["sft"]).read_text()
+    flags = ("train.py", "--model", base, *SHORT, "--out", "a")
+    for name, records_file in (("data.jsonl", "a/data.jsonl"), ("loss.png", files["sft"])):
+        shutil.rmtree("a", ignore_errors=True)
+        Path("a").mkdir()
+        Path("a", name).write_text(records)
+        before = contents("a")
+        code, _, err = run(*flags, "--data", records_file)
+        assert code == 2 and name in err and contents("a") == before
+    shutil.rmtree("a")
+    Path("a/replaced-run").mkdir(parents=True)
+    Path("a/replaced-run/thesis").write_text("mine")
+    done(*flags, "--data", files["sft"])
+    assert Path("a/replaced-run/thesis").exists()
+    Path("a/data.jsonl").write_text(records)
+    before = contents("a")
+    code, _, err = run(*flags, "--data", "a/data.jsonl", "--overwrite")
+    assert code == 2 and "data.jsonl" in err and contents("a") == before
+
+
+def test_a_template_that_wants_a_system_message(done, base):
+    """It has no plain conversation to find its end of answers in; that must not cost a finished run."""
+    template = (
+        '{% if messages[0]["role"] != "system" %}{{ raise_exception("a system message comes first") }}{% endif %}'
+        '{% for m in messages %}<{{ m["role"] }}>{{ m["content"] }}<bot_end>{% endfor %}'
+        '{{ "<assistant>" if add_generation_prompt }}'
+    )
+    Path("t.jinja").write_text(template)
+    record = {"messages": [{"role": role, "content": "b"} for role in ("system", "user", "assistant")]}
+    Path("d.jsonl").write_text(f"{json.dumps(record)}\n" * 8)
+    done("train.py", "--model", base, "--data", "d.jsonl", "--template", "t.jinja", "--out", "a", *SHORT)
+    done("infer.py", "--model", "a", "--system", "s", "--prompt", "x", "--max-new-tokens", 3)
+    assert chat.stops("t.jinja", Tokenizer(base)) == ((2,), ("<bot_end>",))
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_gone_does_not_stop_a_run(base, files, tmp_path):
+    """`2>&1 | head -0`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [ROOT / "train.py", "--model", base, "--data", Path(files["sft"]).resolve(), "--out", "a", *SHORT]
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, stdout=write, stderr=write)
+    os.close(write)
+    assert done.returncode == 0 and (tmp_path / "a/adapter").exists()
 
 
 def test_an_unfinished_run_is_not_the_default(monkeypatch, tmp_path):

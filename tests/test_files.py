@@ -1,0 +1,151 @@
+"""Folders that are written whole or not at all, and one line for what is wrong with a file."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from minichat import files
+from minichat.errors import BadInput
+from minichat.files import read_json, staged
+
+OLD = {"config.json": "old", "model-1.bin": "old", "model-2.bin": "old", "notes": "mine"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with an earlier version of what is written, and a file of its owner's."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, text in OLD.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def content(folder) -> dict[str, str | None]:
+    """The texts of its files; None for a folder."""
+    return {file.name: file.read_text() if file.is_file() else None for file in folder.iterdir()}
+
+
+def write(folder, *names):
+    for name in names:
+        (folder / name).write_text("new")
+
+
+# ---- staged ----
+
+
+def test_staged_files_take_their_place_together(folder):
+    with staged(folder, last="config.json", stale=("model*.bin", "index")) as new:
+        write(new, "config.json", "model-1.bin", "tokenizer")
+        assert content(folder) == {**OLD, new.name: None}  # nothing moves before the end
+    assert content(folder) == {"config.json": "new", "model-1.bin": "new", "tokenizer": "new", "notes": "mine"}
+    with staged(folder.parent / "a" / "b", last="x") as new:
+        write(new, "x")
+    assert content(folder.parent / "a" / "b") == {"x": "new"}
+
+
+@pytest.mark.parametrize("names", [("config.json", "a", "z"), ("a", "config.json", "z"), ("z", "a", "config.json")])
+def test_the_last_file_comes_last(folder, monkeypatch, names):
+    moved, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: (moved.append(Path(to).name), replace(self, to))[1])
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter([self / name for name in names]))  # in any order
+    with staged(folder, last="config.json") as new:
+        write(new, *names)
+    assert sorted(moved) == sorted(names) and moved[-1] == "config.json"
+
+
+def fail(error):
+    raise error
+
+
+def fail_inside(new):
+    with staged(new, last="b") as inner:
+        write(inner, "a", "b")
+        raise OSError(errno.ENOSPC, "No space left on device", str(inner / "c"))
+
+
+FAILURES = {
+    "stopped": (lambda new: fail(KeyboardInterrupt()), KeyboardInterrupt, None),
+    "a mistake": (lambda new: fail(ZeroDivisionError("here")), ZeroDivisionError, None),
+    "full disk": (lambda new: fail(OSError(errno.ENOSPC, "No space left on device")), BadInput, "No space left"),
+    "a write": (lambda new: (new / "no" / "such").write_text(""), BadInput, "No such file"),
+    "bad input": (lambda new: fail(BadInput(f"{new / 'a'}: too bad")), BadInput, "/a: too bad"),
+    "a save inside": (fail_inside, BadInput, "No space left"),
+}
+
+
+@pytest.mark.parametrize("failing, kind, message", FAILURES.values(), ids=FAILURES)
+def test_what_fails_leaves_the_folder_as_it_was(folder, failing, kind, message):
+    with pytest.raises(kind) as error, staged(folder, last="config.json", stale=("model*",)) as new:
+        write(new, "config.json", "model-1.bin", "more")
+        failing(new)
+    assert content(folder) == OLD  # and nothing beside
+    if kind is BadInput:  # the folder that was asked for, not one that has gone
+        said = str(error.value)
+        assert said.startswith(str(folder)) and message in said and ".part-" not in said and "\n" not in said
+
+
+def test_a_file_that_cannot_be_written_is_named(folder, monkeypatch):
+    import safetensors.torch
+    import torch
+
+    def full(*args, **kwargs):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(BadInput) as error, staged(folder, last="config.json") as new:
+        files.write_tensors({"a": torch.ones(1)}, new / "model-1.bin")
+    assert str(error.value).startswith(f"{folder / 'model-1.bin'}: cannot be written: ") and content(folder) == OLD
+
+
+def test_a_file_in_the_place_of_the_folder(folder):
+    for place in (folder / "notes", folder / "notes" / "below"):
+        with pytest.raises(BadInput, match=f"{place}: cannot be written"), staged(place, last="x") as new:
+            write(new, "x")
+    assert content(folder) == OLD
+
+
+# ---- JSON ----
+
+
+def test_json_goes_there_and_back(tmp_path):
+    value = {"é": [1, None, {"a": "\u2028 😀"}]}
+    files.write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == read_json(tmp_path / "a.json", missing={}) == value
+    assert "é" in (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert read_json(tmp_path / "none.json", missing={"a": 1}) == {"a": 1}
+
+
+BAD = {
+    "not json": (b"{'a': 1}", "is not JSON"),
+    "cut": (b'{"a": 1', "is not JSON"),
+    "empty": (b"", "is not JSON"),
+    "not utf-8": (b'{"a": "\xff"}', "is not JSON"),
+    "deep": (b'{"a":' * 100_000, "is not JSON"),
+    "list": (b"[1]", "holds a list, not an object"),
+    "string": (b'"{}"', "holds a str, not an object"),
+    "null": (b"null", "holds a NoneType, not an object"),
+}
+
+
+@pytest.mark.parametrize("missing", [None, {}], ids=["needed", "optional"])
+@pytest.mark.parametrize("text, message", BAD.values(), ids=BAD)
+def test_what_is_wrong_with_json_is_one_line(tmp_path, text, message, missing):
+    file = tmp_path / "a.json"
+    file.write_bytes(text)
+    with pytest.raises(BadInput) as error:
+        read_json(file, missing)
+    assert str(error.value).startswith(f"{file} {message}") and "download it again" in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < len(str(file)) + 300
+
+
+def test_json_that_cannot_be_read(tmp_path):
+    with pytest.raises(BadInput) as error:
+        read_json(tmp_path / "none.json")
+    assert str(error.value) == f"{tmp_path / 'none.json'}: {os.strerror(errno.ENOENT)}"
+    for missing in (None, {}):  # not there is one thing, there and no file is another
+        with pytest.raises(BadInput) as error:
+            read_json(tmp_path, missing)
+        assert str(error.value) == f"{tmp_path}: {os.strerror(errno.EISDIR)}"
