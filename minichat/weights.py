@@ -274,6 +274,7 @@ def _fill(model: Mistral, shards: Shards, where, dtype, packed, scheme, adapters
                 file = shards.folder / shards.files[f"{owner_name}.weight_packed"]
                 raise BadInput(f"{file}: {owner_name}: {error}") from None
             _put(model, owner_name, new)
+            devices.release_host_memory()
             continue
         if name not in left:
             missing = [n for n in names if n not in shards.files]
