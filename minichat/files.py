@@ -50,7 +50,7 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
     """A new folder to write files into, which take their place in `folder` together when all of them are whole.
 
     The file called `last`, by which a reader knows the folder, comes last. What matches a pattern of `stale` and was
-    not written again is deleted. If anything fails, `folder` is as it was; a disk that is full is BadInput.
+    not written again is deleted. If writing fails, `folder` is as it was; a disk that is full is BadInput.
     """
     folder = Path(folder)
     scratch = None
