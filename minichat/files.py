@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minichat.errors import BadInput
@@ -53,8 +53,9 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
     not written again is deleted. If writing fails, `folder` is as it was; a disk that is full is BadInput.
     """
     folder = Path(folder)
-    scratch = None
+    scratch, absent = None, []
     try:
+        absent = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
         yield scratch
@@ -72,3 +73,6 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):  # what was made for nothing goes again; what holds something stays
+            for path in absent:
+                path.rmdir()

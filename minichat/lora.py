@@ -215,10 +215,6 @@ class Adapter:
             raise BadInput(f"{self.folder}: made for {name} of shape {(B.shape[0], A.shape[1])}, not {tuple(shape)}")
         return (B.float() @ A.float()) * s
 
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.folder / WEIGHTS)
-
 
 def fingerprint(file: Path) -> str:
     """A short hash of a safetensors file: its size, its header, the beginnings of 16 parts of it, and its end.

@@ -52,8 +52,9 @@ class Tokenizer:
             token = names[key] if key in names else self._tokenizer.id_to_token(ids[0]) if ids else None
             if isinstance(token, dict):
                 token = token.get("content")
-            if not isinstance(token, str | None):
-                raise BadInput(f"{key} is {token!r} in {self.folder}'s files; it must be a token's text, or null")
+            lone = isinstance(token, str) and any("\ud800" <= c <= "\udfff" for c in token)  # half of a character
+            if lone or not isinstance(token, str | None):
+                raise BadInput(f"{key} is {token!a} in {self.folder}'s files; it must be a token's text, or null")
             if token is not None:
                 self.special_tokens[key] = token
         self.bos_id: int | None = self._id("bos_token")

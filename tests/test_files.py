@@ -87,6 +87,14 @@ def test_what_fails_leaves_the_folder_as_it_was(folder, failing, kind, message):
         assert said.startswith(str(folder)) and message in said and ".part-" not in said and "\n" not in said
 
 
+@pytest.mark.parametrize("failing, kind, message", FAILURES.values(), ids=FAILURES)
+def test_what_fails_leaves_no_folder_that_was_not_there(tmp_path, failing, kind, message):
+    with pytest.raises(kind), staged(tmp_path / "a" / "b", last="x") as new:
+        write(new, "x")
+        failing(new)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_cannot_be_written_is_named(folder, monkeypatch):
     import safetensors.torch
     import torch

@@ -248,6 +248,7 @@ WRONG = {
     "eos is a number": ("tokenizer_config.json", {"eos_token": 0}, "eos_token is 0"),
     "bos is a list": ("special_tokens_map.json", {"bos_token": ["<s>"]}, "bos_token is ['<s>']"),
     "eos holds a number": ("tokenizer_config.json", {"eos_token": {"content": 2}}, "eos_token is 2"),
+    "pad is half a character": ("special_tokens_map.json", {"pad_token": "\ud83d"}, r"pad_token is '\ud83d'"),
     "added tokens in a list": ("tokenizer_config.json", {"added_tokens_decoder": ["<s>"]}, "added_tokens_decoder"),
     "added token a string": ("tokenizer_config.json", {"added_tokens_decoder": {"3": "<s>"}}, "added_tokens_decoder"),
     "added token a number": ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": 1}}}, "maps no ids"),
