@@ -3,18 +3,20 @@
     python dpo.py                                                      # continues `python train.py`
     python dpo.py --model teknium/OpenHermes-2.5-Mistral-7B --data pairs.jsonl --template chatml
 
-Records are JSON lines: {"prompt": …, "chosen": …, "rejected": …}, each a string or a list of messages, and
-"system" if there is one.
+Records are recognised by their fields: {"prompt": …, "chosen": …, "rejected": …}, each a string or a list of messages,
+and "system" if there is one; "question" for "prompt"; or two whole conversations, {"chosen": [...], "rejected": [...]}.
 """
 
-from minichat import cli
+from minichat import cli, formats
 from minichat.errors import BadInput
 
 
 def parse():
     parser = cli.Parser(__doc__)
     cli.model_flags(parser, "without it: runs/sft, else the embedded base")
-    cli.chat_flags(parser)
+    group = cli.chat_flags(parser)
+    group.add_argument("--format", choices=list(formats.PAIRS), help="of the records (without it: recognised by their "
+                       "fields)")  # fmt: skip
     group = parser.add_argument_group("preference loss")
     group.add_argument("--beta", type=float, default=0.1, help="how dear it is to leave the reference")
     group.add_argument("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid", help="its kind")
@@ -43,7 +45,8 @@ def main() -> None:
     model, tokenizer = cli.load(args)
 
     def read(records):
-        return data.pairs(records, tokenizer, args.template, args.max_length, args.max_prompt_length)
+        options = (args.template, args.max_length, args.max_prompt_length, args.format, args.strict)
+        return data.pairs(records, tokenizer, *options)
 
     runs.train(args, model, tokenizer, method, read, "dpo")
 

@@ -4,10 +4,12 @@
     python train.py --model mistralai/Mistral-7B-v0.1 --data chats.jsonl --template zephyr
     python train.py --full --from-config FOLDER --data texts.jsonl     # a new model, from config.json and tokenizer
 
-Records are JSON lines: {"messages": [{"role": …, "content": …}, …]}, {"prompt": …, "completion": …} or {"text": …}.
+Records are recognised by their fields: {"messages": [{"role": …, "content": …}, …]}, {"conversations": [{"from": …,
+"value": …}, …]}, {"prompt": …, "completion": …}, {"instruction": …, "input": …, "output": …}, {"query": …, "response":
+…}, {"question": …, "response": …, "system_prompt": …} or {"text": …}.
 """
 
-from minichat import cli
+from minichat import cli, formats
 from minichat.errors import BadInput
 
 
@@ -16,8 +18,8 @@ def parse():
     group = cli.model_flags(parser, "without it: the embedded base")
     group.add_argument("--from-config", metavar="FOLDER", help="start from random weights: config.json and tokenizer")
     group = cli.chat_flags(parser)
-    group.add_argument("--format", choices=["chat", "completion", "text"], help="of the records (without it: "
-                       "recognised by their fields)")  # fmt: skip
+    group.add_argument("--format", choices=list(formats.CHATS), help="of the records (without it: recognised by their "
+                       "fields)")  # fmt: skip
     group.add_argument("--learn", choices=["assistant", "all"], default="assistant", help="which tokens of a chat")
     cli.training_flags(parser, cli.RUNS["sft"], lr=1e-4, warmup=0.03, batch_size=8, max_length=2048)
     return cli.parse(parser, "sft.args")
@@ -37,7 +39,8 @@ def main() -> None:
     model, tokenizer = runs.new_model(args) if args.from_config else cli.load(args)
 
     def read(records):
-        return data.examples(records, tokenizer, args.template, args.max_length, args.format, args.learn)
+        options = (args.template, args.max_length, args.format, args.learn, args.strict)
+        return data.examples(records, tokenizer, *options)
 
     runs.train(args, model, tokenizer, training.sft(), read, "sft")
 

@@ -13,12 +13,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from minichat import sources
 from minichat.errors import BadInput
 from minichat.version import __version__
 
 BASE = Path(__file__).parent / "assets" / "base"  # the embedded default
 RUNS = {"sft": Path("runs/sft"), "dpo": Path("runs/dpo")}
 REPLACED = "replaced-run"  # where --overwrite keeps the old run until the new one is saved
+WRITES = ("config.json", "metrics.jsonl", "loss.png", "data.jsonl", "bad-records.txt")  # files of a run
 RESULTS = {"adapter": "adapter_config.json", "model": "config.json"}  # of a run: a folder, and what is in every such
 
 
@@ -118,8 +120,14 @@ def chat_flags(parser: Parser) -> "argparse._ArgumentGroup":
 
 def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_size: int, max_length: int) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="FILE", help="JSON lines (without it: sums made by minichat.assets.sums)")
-    group.add_argument("--eval-data", metavar="FILE", help="JSON lines to evaluate on")
+    sources = {"nargs": "+", "metavar": "SOURCE[:WEIGHT]"}
+    group.add_argument("--data", **sources, help="files (.jsonl, .json, also .gz, .parquet), folders, data sets of the "
+                       "hub (owner/name), with /split or /pattern; weights are shares of what is learnt "
+                       "(without --data: sums made by minichat.assets.sums)")  # fmt: skip
+    group.add_argument("--eval-data", **sources, help="the same, to evaluate on")
+    group.add_argument("--eval-split", type=float, default=0.0, metavar="SHARE", help="share of --data's records to "
+                       "evaluate on and not to learn from, the same ones in every run")  # fmt: skip
+    group.add_argument("--strict", action="store_true", help="stop at the first bad record, instead of counting them")
     group.add_argument("--max-length", type=int, default=max_length, help="tokens of a sequence, longer ones are cut")
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, default=out, help="the run folder: config.json, metrics.jsonl, loss.png, "
@@ -172,22 +180,26 @@ def check_training(args: argparse.Namespace) -> None:
         raise BadInput(f"--steps is {args.steps}; it must be 1 or more")
     if args.dtype == "float16":
         raise BadInput("--dtype float16 loses small gradients; train in bfloat16 or float32")
-    if args.eval_every and not args.eval_data:
-        raise BadInput(f"--eval-every {args.eval_every} needs --eval-data to evaluate on")
+    if args.eval_every and not (args.eval_data or args.eval_split):
+        raise BadInput(f"--eval-every {args.eval_every} needs --eval-data or --eval-split to evaluate on")
     if args.full and (args.int4 or args.rslora):
         raise BadInput("--full trains float weights: it goes with neither --int4 nor --rslora")
     if args.adapter and not args.full:  # the new one would be saved as if it had been trained over --model alone
         raise BadInput(f"an adapter over another: give that one's folder as the model, --model {args.adapter}")
-    for name in ("data", "eval_data"):
-        file = getattr(args, name)
-        if file is not None and not Path(file).is_file():
-            raise BadInput(f"--{name.replace('_', '-')} {file}: no such file")
+    for spec in (*(args.data or ()), *(args.eval_data or ())):
+        sources.find(spec)  # a wrong name is told before a model is loaded
+    if weighted := [spec for spec in args.eval_data or () if sources.find(spec).weight]:
+        raise BadInput(f"--eval-data {weighted[0]}: weights are shares of what is learnt, for --data alone")
+    if not 0 <= args.eval_split < 1:
+        raise BadInput(f"--eval-split is {args.eval_split}; it must be a share, 0 or more and below 1")
+    if args.eval_split and args.eval_data:
+        raise BadInput("--eval-split and --eval-data: one of them says what to evaluate on")
     if args.out.exists() and not args.out.is_dir():
         raise BadInput(f"--out {args.out} is a file; it takes a folder")
     is_run = (args.out / "metrics.jsonl").exists()
     if is_run and not args.overwrite:
         raise BadInput(f"--out {args.out} holds a run already; choose another folder, or --overwrite")
-    for name in ("config.json", "loss.png", "data.jsonl", *RESULTS):
+    for name in (*WRITES, *RESULTS):
         if not is_run and (args.out / name).exists():
             raise BadInput(f"--out {args.out} holds {name}, which is not of a run; choose another folder")
 
@@ -222,7 +234,7 @@ def start_run(args: argparse.Namespace) -> None:
     aside = args.out / REPLACED
     # an old run is there still: the one after it failed, and what that left goes
     failed = (aside / "metrics.jsonl").exists()
-    for name in ("config.json", "metrics.jsonl", "loss.png", "data.jsonl", *RESULTS):
+    for name in (*WRITES, *RESULTS):
         old = args.out / name
         if not was_run or not old.exists():
             continue

@@ -1,16 +1,14 @@
-"""Records in JSON lines -> token ids -> batches. A format is one function in FORMATS."""
+"""Records -> token ids -> batches."""
 
-import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minichat import chat
+from minichat import chat, formats
 from minichat.errors import BadInput
 from minichat.tokenizer import Tokenizer
 
@@ -63,130 +61,76 @@ class Report:
     kept: int = 0
     tokens: int = 0
     counts: Counter = field(default_factory=Counter)
+    bad: list[str] = field(default_factory=list)  # file:number: why, of the records that could not be learnt from
+
+    def refuse(self, where: str, why: BadInput, strict: bool) -> None:
+        """A bad record is dropped and counted, or is the end where `strict`."""
+        if strict:
+            raise BadInput(f"{where}: {why}") from None
+        self.bad.append(f"{where}: {why}")
+        if len(self.bad) == 100 and not self.kept:
+            raise BadInput(f"the first 100 records are all bad, {self.bad[0]}") from None
+
+    def checked(self) -> "Report":
+        """Itself without zeros. Raises BadInput if there is nothing to learn from."""
+        self.counts = +self.counts
+        if not self.kept:
+            raise BadInput(f"no record is left to learn from ({self})" + "".join(f"; {line}" for line in self.bad[:1]))
+        return self
 
     def __str__(self) -> str:
-        rest = "".join(f", {count:,} {what}" for what, count in self.counts.items())
+        counts = self.counts + Counter({"bad": len(self.bad)})
+        rest = "".join(f", {count:,} {what}" for what, count in counts.items())
         return f"{self.kept:,} records, {self.tokens:,} tokens{rest}"
-
-
-# ---- records ----
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """(file:line, record) for each line of a JSON-lines file. Raises BadInput at a line that is not an object."""
-    path = Path(path)
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise BadInput(f"{where}: not JSON: {error}") from None
-                if not isinstance(record, dict):
-                    raise BadInput(f"{where}: a {type(record).__name__}, not an object; one JSON object a line")
-                yield where, record
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}; --data takes a file of JSON lines") from None
-
-
-def _chat(record: dict) -> list[dict]:
-    return record["messages"]
-
-
-def _messages(record: dict, field: str, role: str) -> list[dict]:
-    """A field that holds messages, or one of them as a string."""
-    value = record[field]
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list):
-        raise BadInput(f"{field!r} is a {type(value).__name__}; it must be a string or a list of messages")
-    return value
-
-
-def _completion(record: dict) -> list[dict]:
-    return [*_messages(record, "prompt", "user"), *_messages(record, "completion", "assistant")]
-
-
-def _preference(record: dict) -> tuple[list[dict], list[dict], list[dict]]:
-    prompt = _messages(record, "prompt", "user")
-    if record.get("system"):
-        prompt = [{"role": "system", "content": record["system"]}, *prompt]
-    answers = []
-    for side in ("chosen", "rejected"):
-        answer = _messages(record, side, "assistant")
-        if not (answer and isinstance(answer[0], dict) and answer[0].get("role") == "assistant"):
-            raise BadInput(f"{side!r} is {answer!r:.80}; it must begin with the assistant's answer to 'prompt'")
-        answers.append(answer)
-    return prompt, *answers
-
-
-# name -> (the fields that tell it, record -> messages); "preference" gives prompt, chosen and rejected messages
-FORMATS: dict[str, tuple[tuple[str, ...], Callable]] = {
-    "chat": (("messages",), _chat),
-    "completion": (("prompt", "completion"), _completion),
-    "preference": (("prompt", "chosen", "rejected"), _preference),
-    "text": (("text",), lambda record: record["text"]),
-}
-
-
-def recognise(record: dict, where: str, wanted: str | None = None) -> str:
-    """The format of a record by its fields, or `wanted` if it has that one's. Raises BadInput naming both."""
-    for name in [wanted] if wanted else FORMATS:
-        if all(key in record for key in FORMATS[name][0]):
-            return name
-    rule = " | ".join(" + ".join(FORMATS[name][0]) for name in ([wanted] if wanted else FORMATS))
-    raise BadInput(f"{where}: fields {sorted(record)} fit no format; wanted: {rule}")
 
 
 # ---- ids ----
 
 
 def examples(
-    sources: Iterable[tuple[str, dict]],
+    records: Iterable[tuple[str, dict | BadInput]],
     tokenizer: Tokenizer,
     template: str,
     max_length: int,
     format: str | None = None,
     learn: str = "assistant",
+    strict: bool = False,
 ) -> tuple[list[Example], Report]:
     """Records for SFT as sequences of at most max_length tokens.
 
     A chat that is too long loses its oldest turns, then its prompt's left, then its answer's right; a text is cut into
-    pieces. learn: "assistant" turns, or "all" tokens. Raises BadInput, naming the line, for a record that fits no
-    format, and if none is left.
+    pieces. learn: "assistant" turns, or "all" tokens. A bad record is dropped and named in the report.
+    Raises BadInput if none is left, and naming the record at the first bad one if `strict`.
     """
     found, report = [], Report()
-    for where, record in sources:
-        name = recognise(record, where, format)
-        if name == "preference":
-            raise BadInput(f"{where}: a preference pair; train.py learns from chats and texts, dpo.py from pairs")
+    for where, record in records:
         try:
-            content = FORMATS[name][1](record)
-            sequences = list(_sequences(name, content, tokenizer, template, max_length, learn, report))
+            content = formats.read(_whole(record), formats.CHATS, format)
+            sequences = list(_sequences(content, tokenizer, template, max_length, learn, report))
         except BadInput as error:
-            raise BadInput(f"{where}: {error}") from None
-        spoken = name == "text" or learn == "all" or any(message["role"] == "assistant" for message in content)
+            report.refuse(where, error, strict)
+            continue
+        is_text = isinstance(content, str)
+        spoken = is_text or learn == "all" or any(message["role"] == "assistant" for message in content)
         for ids, mask in sequences:
             if not any(mask[1:]):  # nothing predicts the first token
                 why = "no target within --max-length" if spoken else "no assistant turn"
                 report.counts[f"dropped: {why}"] += 1
                 continue
             found.append(Example(ids, mask, where))
+            report.kept += 1
             report.tokens += len(ids)
-    report.kept = len(found)
-    report.counts = +report.counts
-    if not found:
-        raise BadInput(f"no record is left to learn from ({report})")
-    return found, report
+    return found, report.checked()
 
 
-def _sequences(name, content, tokenizer, template, max_length, learn, report) -> Iterator[tuple]:
-    if name == "text":
-        if not isinstance(content, str):
-            raise BadInput(f"'text' is a {type(content).__name__}, not a string")
+def _whole(record: dict | BadInput) -> dict:
+    if isinstance(record, BadInput):
+        raise record
+    return record
+
+
+def _sequences(content, tokenizer, template, max_length, learn, report) -> Iterator[tuple]:
+    if isinstance(content, str):
         ids = [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(content) + [tokenizer.eos_id]
         for start in range(0, len(ids), max_length):
             piece = ids[start : start + max_length]
@@ -216,42 +160,45 @@ def _without_oldest_turn(messages: list[dict]) -> list[dict] | None:
 
 
 def pairs(
-    sources: Iterable[tuple[str, dict]],
+    records: Iterable[tuple[str, dict | BadInput]],
     tokenizer: Tokenizer,
     template: str,
     max_length: int,
     max_prompt_length: int,
+    format: str | None = None,
+    strict: bool = False,
 ) -> tuple[list[Pair], Report]:
     """Preference records as ids: prompts keep their last max_prompt_length tokens, answers what max_length leaves.
 
-    Pairs whose answers are equal are dropped. Raises BadInput for a record that is none, or if none is left.
+    Pairs whose answers are equal, or whose prompt fills the length, are dropped and counted; bad records as in
+    examples().
     """
     found, report = [], Report()
     template = chat.template_text(template, tokenizer)
-    for where, record in sources:
-        recognise(record, where, "preference")
+    for where, record in records:
         try:
-            prompt, chosen, rejected = _preference(record)
+            prompt, chosen, rejected = formats.read(_whole(record), formats.PAIRS, format)
             head = chat.prompt_ids(prompt, template, tokenizer)
             answers = [_answer(prompt, answer, len(head), template, tokenizer) for answer in (chosen, rejected)]
         except BadInput as error:
-            raise BadInput(f"{where}: {error}") from None
-        if len(head) > max_prompt_length:
-            head = head[-max_prompt_length:]
-            report.counts["prompts cut on the left"] += 1
-        room = max(0, max_length - len(head))
-        report.counts["answers cut on the right"] += sum(len(ids) > room for ids, _ in answers)
+            report.refuse(where, error, strict)
+            continue
+        cut = len(head) > max_prompt_length
+        head = head[-max_prompt_length:]
+        room = max_length - len(head)
+        if room < 1:
+            report.counts["dropped: the prompt fills --max-length"] += 1
+            continue
         (good, good_mask), (bad, bad_mask) = ((ids[:room], mask[:room]) for ids, mask in answers)
         if good == bad or not any(good_mask) or not any(bad_mask):
             report.counts["dropped: equal or empty answers"] += 1
             continue
+        report.counts["prompts cut on the left"] += cut
+        report.counts["answers cut on the right"] += sum(len(ids) > room for ids, _ in answers)
         found.append(Pair(head, good, bad, where, masks=(good_mask, bad_mask)))
+        report.kept += 1
         report.tokens += 2 * len(head) + len(good) + len(bad)
-    report.kept = len(found)
-    report.counts = +report.counts
-    if not found:
-        raise BadInput(f"no pair is left to learn from ({report})")
-    return found, report
+    return found, report.checked()
 
 
 def _answer(prompt: list[dict], answer: list[dict], start: int, template: str, tokenizer: Tokenizer) -> tuple:
@@ -272,15 +219,54 @@ def _answer(prompt: list[dict], answer: list[dict], start: int, template: str, t
 # ---- batches ----
 
 
-def order(lengths: list[int], batch_size: int, accumulate: int, seed: int, epoch: int) -> list[list[list[int]]]:
-    """Indices of an epoch's records: the micro-batches of each optimiser step; by seed and epoch alone.
+class Mix(Sequence):
+    """The items of one or several sources, and which of them an epoch takes.
+
+    weights: the sources' shares of an epoch, which is as long as it can be with no item taken twice; the next one
+    takes others as long as there are any. None: every epoch takes all items. Raises BadInput if only some have one.
+    """
+
+    def __init__(self, parts: Sequence[Sequence], weights: Sequence[float | None] | None = None):
+        self.items = [item for part in parts for item in part]
+        self.sizes = [len(part) for part in parts]
+        given = [weight is not None for weight in weights or ()]
+        if any(given) and not all(given):
+            raise BadInput("some sources have a weight and some have none; give each one its share, or none")
+        self.counts = self.sizes
+        if any(given):
+            whole = min(size / weight for size, weight in zip(self.sizes, weights))
+            self.counts = [max(1, round(whole * weight)) for weight in weights]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def epoch(self, seed: int, epoch: int) -> list[int]:
+        """The indices of an epoch's items, in random order; by seed and epoch alone."""
+        indices, start = [], 0
+        for part, (size, count) in enumerate(zip(self.sizes, self.counts)):
+            walk = list(range(start, start + size))
+            if count < size:  # a walk over the source in a few epochs, then in another order
+                lap, turn = divmod(epoch, size // count)
+                random.Random(f"lap {seed} {part} {lap}").shuffle(walk)
+                walk = walk[turn * count : (turn + 1) * count]
+            indices += walk
+            start += size
+        random.Random(f"order {seed} {epoch}").shuffle(indices)
+        return indices
+
+
+def order(mix: Mix, batch_size: int, accumulate: int, seed: int, epoch: int) -> list[list[list[int]]]:
+    """Indices of an epoch's items: the micro-batches of each optimiser step; by seed and epoch alone.
 
     A step is a random sample, and only within it do similar lengths go together, so that less is padded. Whole steps
     of similar lengths would be cheaper and learn worse: lengths go with content, and a step of short answers alone
     teaches that answers are short.
     """
-    indices = list(range(len(lengths)))
-    random.Random(f"order {seed} {epoch}").shuffle(indices)
+    lengths = [len(item) for item in mix]
+    indices = mix.epoch(seed, epoch)
     size = batch_size * accumulate
     samples = [indices[i : i + size] for i in range(0, len(indices), size)]
     return [by_length(lengths, batch_size, sample) for sample in samples]

@@ -56,10 +56,12 @@ def main() -> None:
         raise BadInput(f"--batch-size is {args.batch_size}; it must be 1 or more")
     args.model = args.model or cli.default_model("dpo", "sft")
 
-    from minichat import chat, data
+    from minichat import chat, sources
 
     records = []
-    for where, record in data.read_jsonl(args.data):
+    for where, record in sources.all_records(sources.find(args.data)):
+        if isinstance(record, BadInput):
+            raise BadInput(f"{where}: {record}")
         if not isinstance(record.get("question"), str) or "answer" not in record:
             raise BadInput(f"{where}: fields {sorted(record)}; wanted: question + answer")
         records.append(record)

@@ -3,15 +3,18 @@
 import argparse
 import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from minichat import chat, cli, data, files, lora, metrics, training, weights
+from minichat import chat, cli, data, files, lora, metrics, sources, training, weights
 from minichat.assets import sums
 from minichat.errors import BadInput
 from minichat.model import Mistral
 from minichat.tokenizer import Tokenizer
+
+Read = Callable[[Iterable[tuple[str, dict | BadInput]]], tuple[list, data.Report]]  # records -> items
 
 EMBEDDED = {"sft": ("sft", 8000), "dpo": ("pairs", 1500)}  # without --data: kind and number of records
 
@@ -51,10 +54,40 @@ def check_out(args: argparse.Namespace) -> None:
     for used in (folder, *(adapter.folder for adapter in adapters), *extra):
         if used.resolve().is_relative_to(args.out.resolve()):
             raise BadInput(f"--out {args.out} holds {used}, which this run starts from; choose another folder")
-    for name in ("config.json", "metrics.jsonl", "loss.png", "data.jsonl"):  # a run writes these, and replaces its own
-        for data_file in (args.data, args.eval_data):
-            if data_file and (args.out / name).resolve() == Path(data_file).resolve():
-                raise BadInput(f"{data_file} is where this run writes its own {name}; choose another --out")
+    specs = [*(args.data or ()), *(args.eval_data or ())]
+    read = {file.resolve() for spec in specs for file in sources.find(spec).files}
+    for name in cli.WRITES:  # a run writes these, and replaces its own
+        if (args.out / name).resolve() in read:
+            raise BadInput(f"{args.out / name} is where this run writes its own; choose another --out")
+
+
+def read_data(args: argparse.Namespace, read: Read, what: str) -> tuple[data.Mix, list, list[str]]:
+    """What the flags name: items to learn from, items to evaluate on, and the bad records, a line each."""
+    found = [sources.find(spec) for spec in args.data or ()]
+    bad: list[str] = []
+
+    def items_of(name: str, records: Iterable[tuple[str, dict | BadInput]]) -> list:
+        items, report = read(records)
+        say(f"{name}: {report}")
+        for line in report.bad[:3]:
+            say(f"bad: {line}")
+        bad.extend(report.bad)
+        return items
+
+    def records_of(source: sources.Source | None, held_out: bool = False) -> Iterator[tuple[str, dict | BadInput]]:
+        records = sources.all_records(source) if source else embedded(args, what)
+        return sources.split(records, args.eval_split, held_out) if args.eval_split else records
+
+    learnt = found or [None]
+    parts = [items_of(source.name if source else "no --data, so sums", records_of(source)) for source in learnt]
+    mix = data.Mix(parts, [source.weight for source in found] or None)
+    eval_items = []
+    if args.eval_split:
+        eval_items = items_of("--eval-split", chain.from_iterable(records_of(source, True) for source in learnt))
+    elif args.eval_data:
+        held = chain.from_iterable(sources.all_records(sources.find(spec)) for spec in args.eval_data)
+        eval_items = items_of(", ".join(args.eval_data), held)
+    return mix, eval_items, bad
 
 
 def train(
@@ -62,7 +95,7 @@ def train(
     model: Mistral,
     tokenizer: Tokenizer,
     method: training.Method,
-    read: Callable[[Iterable[tuple[str, dict]]], tuple[list, data.Report]],
+    read: Read,
     what: str,
 ) -> None:
     """Everything after loading: the same for SFT and DPO. what: "sft" or "dpo"."""
@@ -87,12 +120,7 @@ def train(
         lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
     template = chat.template_text(args.template, tokenizer)
     stop_ids, _ = chat.stops(template, tokenizer)
-    items, report = read(data.read_jsonl(args.data) if args.data else embedded(args, what))
-    say(f"{args.data or 'no --data, so sums'}: {report}")
-    eval_items = None
-    if args.eval_data:
-        eval_items, report = read(data.read_jsonl(args.eval_data))
-        say(f"{args.eval_data}: {report}")
+    items, eval_items, bad = read_data(args, read, what)
     settings = training.Settings(
         steps=args.steps,
         epochs=args.epochs,
@@ -111,13 +139,15 @@ def train(
     )
     if args.full and what == "dpo" and not args.reference_free:
         say("full fine-tuning: the reference's log-probs, once")
-        training.add_reference(model, method, [*items, *(eval_items or [])], settings)
+        training.add_reference(model, method, [*items, *eval_items], settings)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = training.count_steps(items, settings)
     say(f"{trained:,} weights train on {model.device}, {total} steps")
     cli.start_run(args)
     if args.data is None:
         sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
+    if bad:
+        (args.out / "bad-records.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
     with metrics.Metrics(args.out, total, what) as log:
         training.fit(model, method, items, settings, log, eval_items)
     if args.full:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,17 +115,18 @@ def add_reference(model: nn.Module, method: Method, pairs: list[data.Pair], sett
 def fit(
     model: nn.Module,
     method: Method,
-    items: list,
+    items: Sequence,
     settings: Settings,
     metrics: Metrics,
     eval_items: list | None = None,
 ) -> dict[str, float]:
-    """Train what requires a gradient; the last logged numbers.
+    """Train what requires a gradient; the last logged numbers. items: a data.Mix, or a list.
 
     Every step's gradient is that of the mean over all of its targets, whatever batch_size and accumulate are.
     Raises BadInput when the loss is no longer a number, naming the records of that step; nothing is saved then.
     """
     where = model.device
+    items = items if isinstance(items, data.Mix) else data.Mix([items])
     total = count_steps(items, settings)
     optimizer = optim.AdamW(model, settings.betas, settings.eps, settings.weight_decay)
     torch.manual_seed(settings.seed)
@@ -180,23 +181,22 @@ def _read(pending: list) -> dict[str, float]:
     return {key: float(value) / weight for key, value in sums.items()}
 
 
-def steps(items: list, settings: Settings, method: Method, where: torch.device) -> Iterator[list[data.Batch]]:
+def steps(items: data.Mix, settings: Settings, method: Method, where: torch.device) -> Iterator[list[data.Batch]]:
     """The micro-batches of one optimiser step after another, epoch after epoch, without end."""
-    lengths = [len(item) for item in items]
     epoch = 0
     while True:
-        for batches in data.order(lengths, settings.batch_size, settings.accumulate, settings.seed, epoch):
+        for batches in data.order(items, settings.batch_size, settings.accumulate, settings.seed, epoch):
             yield [method.batch([items[j] for j in batch], lambda n: device.bucket(n, where)) for batch in batches]
         epoch += 1
 
 
-def count_steps(items: list, settings: Settings) -> int:
+def count_steps(items: data.Mix, settings: Settings) -> int:
     """How many optimiser steps a run takes; a last epoch that is not whole is rounded up to a step."""
     if not items:
         raise BadInput("there is no record to train on")
     if settings.steps:
         return settings.steps
-    per_epoch = math.ceil(math.ceil(len(items) / settings.batch_size) / settings.accumulate)
+    per_epoch = math.ceil(math.ceil(sum(items.counts) / settings.batch_size) / settings.accumulate)
     return math.ceil(per_epoch * settings.epochs)
 
 

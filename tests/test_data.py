@@ -39,8 +39,8 @@ def sft(*records, max_length=10_000, template="neuralchat", **more):
     return data.examples(numbered(*records), TOKENIZER, template, max_length, **more)
 
 
-def dpo(*records, max_length=10_000, max_prompt_length=10_000, template="neuralchat"):
-    return data.pairs(numbered(*records), TOKENIZER, template, max_length, max_prompt_length)
+def dpo(*records, max_length=10_000, max_prompt_length=10_000, template="neuralchat", **more):
+    return data.pairs(numbered(*records), TOKENIZER, template, max_length, max_prompt_length, **more)
 
 
 def learnt(example):
@@ -49,48 +49,6 @@ def learnt(example):
 
 def text(ids):
     return TOKENIZER.decode(ids, skip_special=False)
-
-
-# ---- reading ----
-
-
-def test_lines_are_numbered_and_empty_ones_skipped(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(b'{"text": "\xc3\xa4"}\n\n  \n{"text": "b"}\r\n{"text": "c"}')
-    assert list(data.read_jsonl(file)) == [
-        (f"{file}:1", {"text": "ä"}),
-        (f"{file}:4", {"text": "b"}),
-        (f"{file}:5", {"text": "c"}),
-    ]
-
-
-LINES = {
-    "cut off": b'{"text": "a',
-    "not JSON": b"hello",
-    "two values": b'{"text": "a"} {"text": "b"}',
-    "a list": b'["a"]',
-    "a string": b'"a"',
-    "null": b"null",
-    "NaN alone": b"NaN",
-    "not UTF-8": b'{"text": "\xff\xfe"}',
-    "deep": b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "a number without end": b'{"text": ' + b"9" * 10_000 + b"}",
-}
-
-
-@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
-def test_a_line_that_is_no_record_is_named(line, tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
-    with pytest.raises(BadInput, match=r"a\.jsonl:2: ") as error:
-        list(data.read_jsonl(file))
-    assert len(str(error.value)) < 500
-
-
-def test_no_file_is_one_line(tmp_path):
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(BadInput, match=str(path)):
-            list(data.read_jsonl(path))
 
 
 # ---- formats ----
@@ -180,8 +138,11 @@ WRONG_SFT = {
 @pytest.mark.parametrize("record", WRONG_SFT.values(), ids=WRONG_SFT)
 def test_a_record_that_is_wrong_deep_inside_is_named(record):
     with pytest.raises(BadInput, match=r"^f:2: ") as error:
-        sft({"text": "fine"}, record)
+        sft({"text": "fine"}, record, strict=True)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    found, report = sft({"text": "fine"}, record, {"text": "fine too"})  # dropped, and the rest goes on
+    assert [e.where for e in found] == ["f:1", "f:3"] and report.kept == 2
+    assert report.bad == [str(error.value)] and ", 1 bad" in str(report)
 
 
 def test_a_wanted_format_is_kept_to():
@@ -189,7 +150,7 @@ def test_a_wanted_format_is_kept_to():
     (one,), _ = sft(both, format="text")
     assert text(one.ids).endswith("a</s>") and all(one.mask)
     with pytest.raises(BadInput, match="f:1.*messages"):
-        sft(both, format="chat")
+        sft(both, format="chat", strict=True)
 
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -214,8 +175,10 @@ WRONG_DPO = {
 @pytest.mark.parametrize("record", WRONG_DPO.values(), ids=WRONG_DPO)
 def test_a_pair_that_is_wrong_deep_inside_is_named(record):
     with pytest.raises(BadInput, match=r"^f:2: ") as error:
-        dpo(PAIR, record)
+        dpo(PAIR, record, strict=True)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    found, report = dpo(PAIR, record, PAIR)
+    assert [p.where for p in found] == ["f:1", "f:3"] and report.bad == [str(error.value)]
 
 
 def test_nothing_left_is_an_error_that_says_why():
@@ -226,6 +189,18 @@ def test_nothing_left_is_an_error_that_says_why():
     for read in (sft, dpo):
         with pytest.raises(BadInput, match="left to learn"):
             read()
+        with pytest.raises(BadInput, match=r"2 bad.*; f:1: fields \['a'\]"):
+            read({"a": 1}, {"b": 2})
+        with pytest.raises(BadInput, match="first 100 records are all bad, f:1: fields"):
+            read(*[{"a": 1}] * 100, {"text": "too late"}, {**PAIR})
+
+
+def test_what_could_not_be_read_is_a_bad_record():
+    records = [("f:1", BadInput("not JSON: cut off")), ("f:2", {"text": "a"})]
+    found, report = data.examples(records, TOKENIZER, "neuralchat", 100)
+    assert [e.where for e in found] == ["f:2"] and report.bad == ["f:1: not JSON: cut off"]
+    with pytest.raises(BadInput, match="^f:1: not JSON: cut off$"):
+        data.examples(records, TOKENIZER, "neuralchat", 100, strict=True)
 
 
 def test_a_chat_without_an_answer_is_not_one_that_is_too_long():
@@ -384,11 +359,16 @@ def test_equal_pairs_are_dropped_also_when_cutting_made_them_equal():
 def test_a_prompt_that_fills_the_length_leaves_no_pair():
     P = len(dpo(PAIR)[0][0].prompt)
     for limit in (P, P - 1, 1):
-        with pytest.raises(BadInput, match="equal or empty"):
+        with pytest.raises(BadInput, match="1 dropped: the prompt fills --max-length"):
             dpo(PAIR, max_length=limit)
 
 
 # ---- batches ----
+
+
+def mix(*lengths, weights=None):
+    """Sources of items that have these lengths, and nothing else."""
+    return data.Mix([[range(n) for n in each] for each in lengths], weights)
 
 
 @settings(max_examples=50, deadline=None)
@@ -400,17 +380,17 @@ def test_a_prompt_that_fills_the_length_leaves_no_pair():
     st.integers(0, 5),
 )
 def test_an_epoch_is_a_permutation_by_seed_and_epoch_alone(lengths, batch_size, accumulate, seed, epoch):
-    steps = data.order(lengths, batch_size, accumulate, seed, epoch)
+    steps = data.order(mix(lengths), batch_size, accumulate, seed, epoch)
     assert sorted(i for step in steps for batch in step for i in batch) == list(range(len(lengths)))
     assert len(steps) == math.ceil(len(lengths) / (batch_size * accumulate))
     assert all(0 < len(step) <= accumulate for step in steps)
     assert all(0 < len(batch) <= batch_size for step in steps for batch in step)
     torch.manual_seed(epoch)  # other randomness does not reach it
-    assert data.order(lengths, batch_size, accumulate, seed, epoch) == steps
+    assert data.order(mix(lengths), batch_size, accumulate, seed, epoch) == steps
 
 
 def test_epochs_and_seeds_differ():
-    orders = [data.order([5] * 40, 2, 1, seed, epoch) for seed in (0, 1, 10) for epoch in (0, 1, 2)]
+    orders = [data.order(mix([5] * 40), 2, 1, seed, epoch) for seed in (0, 1, 10) for epoch in (0, 1, 2)]
     assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
 
 
@@ -418,14 +398,33 @@ def test_a_step_is_a_random_sample_whatever_the_lengths_are():
     """The mean length of a step scatters as that of a sample does: short and long answers meet in every step."""
     lengths = [10, 10, 10, 100] * 160
     for batch_size, accumulate in ((16, 1), (4, 4)):
-        means = [sum(lengths[i] for b in s for i in b) / 16 for s in data.order(lengths, batch_size, accumulate, 0, 0)]
+        means = [
+            sum(lengths[i] for b in s for i in b) / 16 for s in data.order(mix(lengths), batch_size, accumulate, 0, 0)
+        ]
         expected = statistics.pstdev(lengths) / 4
         assert 0.5 * expected < statistics.pstdev(means) < 1.5 * expected
 
 
+def test_weights_are_the_shares_of_an_epoch():
+    """7 : 3 of 100 and 90 records: all of the first that 7 : 3 allows, nothing twice, and in the end everything."""
+    both = mix([1] * 100, [2] * 90, weights=[0.7, 0.3])
+    epochs = [both.epoch(0, e) for e in range(9)]
+    for indices in epochs:
+        assert len(indices) == len(set(indices)) == sum(both.counts) == 143
+        assert sum(i < 100 for i in indices) == 100
+    seen = [i for indices in epochs[:2] for i in indices if i >= 100]
+    assert len(seen) == len(set(seen)) == 86  # the second epoch takes what the first left
+    assert set().union(*epochs) == set(range(190))
+    assert mix([1] * 100, [2] * 90, weights=[7, 3]).counts == both.counts  # shares, whatever they add up to
+    assert mix([1] * 100, [2] * 90).counts == [100, 90]
+    assert mix([1] * 3, [2] * 1000, weights=[1, 1e-6]).counts == [3, 1]
+    with pytest.raises(BadInput, match="some have none"):
+        mix([1], [2], weights=[0.5, None])
+
+
 def test_micro_batches_hold_similar_lengths():
     lengths = [(37 * i) % 101 for i in range(640)]
-    batches = [batch for step in data.order(lengths, 4, 8, 0, 0) for batch in step] + data.by_length(lengths, 4)
+    batches = [batch for step in data.order(mix(lengths), 4, 8, 0, 0) for batch in step] + data.by_length(lengths, 4)
     spans = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
     assert sum(spans) / len(spans) < 15  # of 100: what is padded is little
 

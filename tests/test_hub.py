@@ -1,4 +1,4 @@
-"""Models by hub id, from a server that speaks what huggingface_hub asks of one: nothing leaves this machine."""
+"""Models and data sets by hub id, from a server that says what huggingface_hub asks for, on this machine."""
 
 import hashlib
 import http.server
@@ -29,6 +29,20 @@ for source in sys.argv[1:]:
     try:
         model, tokenizer = minichat.load(source)
         print(json.dumps(float(model(torch.tensor([tokenizer.encode("calculate 1 + 2")])).double().abs().sum())))
+    except BadInput as error:
+        print(json.dumps(str(error)))
+"""
+
+
+# each source -> the texts of its records, or the error
+READ = """
+import json, sys
+from minichat import sources
+from minichat.errors import BadInput
+
+for spec in sys.argv[1:]:
+    try:
+        print(json.dumps([record["text"] for _, record in sources.all_records(sources.find(spec))]))
     except BadInput as error:
         print(json.dumps(str(error)))
 """
@@ -66,11 +80,12 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         parts = self.path.split("?")[0].strip("/").split("/")
         if len(parts) < 5:
-            return self.send({}, 404)  # not about a model
+            return self.send({}, 404)  # not about a repository
         self.server.seen.append((self.path, self.headers.get("Authorization")))
-        if parts[:2] == ["api", "models"]:  # api/models/OWNER/NAME/(revision|tree)/REVISION
+        if parts[0] == "api":  # api/(models|datasets)/OWNER/NAME/(revision|tree)/REVISION
             repo, what, revision = "/".join(parts[2:4]), *parts[4:6]
-        else:  # OWNER/NAME/resolve/REVISION/FILE
+        else:  # (datasets/)OWNER/NAME/resolve/REVISION/FILE
+            parts = parts[parts[0] == "datasets" :]
             repo, what, revision = "/".join(parts[:2]), *parts[2:4]
         if repo == "owner/gated" and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.send({"error": "gated"}, 401, {"X-Error-Code": "GatedRepo"})
@@ -78,14 +93,15 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if folder is None:
             code = "RevisionNotFound" if repo in self.server.repos else "RepoNotFound"
             return self.send({"error": "not found"}, 404, {"X-Error-Code": code})
-        files = [f for f in sorted(folder.iterdir()) if f.is_file()]
+        files = [f for f in sorted(folder.rglob("*")) if f.is_file()]
+        named = {f.relative_to(folder).as_posix(): f for f in files}
         if what == "revision":
-            siblings = [{"rfilename": f.name} for f in files]
+            siblings = [{"rfilename": name} for name in named]
             return self.send({"id": repo, "modelId": repo, "sha": commit(folder), "siblings": siblings})
         if what == "tree":
-            entries = [dict(type="file", path=f.name, size=f.stat().st_size, oid=oid(f)) for f in files]
+            entries = [dict(type="file", path=name, size=f.stat().st_size, oid=oid(f)) for name, f in named.items()]
             return self.send(entries)
-        file = folder / parts[-1]
+        file = folder / "/".join(parts[4:])
         head = {"ETag": f'"{oid(file)}"', "X-Repo-Commit": commit(folder), "Accept-Ranges": "bytes"}
         self.send(file.read_bytes(), 200, head)
 
@@ -122,11 +138,11 @@ def hub(base, tmp_path_factory):
     server.server_close()
 
 
-def load(home, endpoint, *sources, **environment) -> list:
+def load(home, endpoint, *sources, code=LOAD, **environment) -> list:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     clean |= {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "NO_PROXY": "127.0.0.1", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, *sources], env=clean, capture_output=True, text=True, cwd=home, timeout=120
+        [sys.executable, "-c", code, *sources], env=clean, capture_output=True, text=True, cwd=home, timeout=120
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -164,3 +180,60 @@ def test_models_by_hub_id(hub, tmp_path):
     [refused] = load(tmp_path / "new", endpoint, "owner/gated")
     assert "owner/gated" in refused and "\n" not in refused
     assert {authorization for _, authorization in hub.seen} == {None}
+
+
+@pytest.mark.slow
+def test_data_sets_by_hub_id(tmp_path):
+    """Splits, patterns, revisions, a gated one; only what is asked for is fetched; the cache works offline."""
+
+    def data_set(name, files):
+        for file, texts in files.items():
+            path = tmp_path / "repos" / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return tmp_path / "repos" / name
+
+    chats = data_set(
+        "chats",
+        {
+            "data/train_sft-00000-of-00002.jsonl": ["a"],
+            "data/train_sft-00001-of-00002.jsonl": ["b"],
+            "data/train_gen-00000-of-00001.jsonl": ["c"],
+            "data/test_sft-00000-of-00001.jsonl": ["d"],
+            "dataset_infos.json": [],
+            "README.md": ["not wanted"],
+        },
+    )
+    pairs = data_set("pairs", {"train.jsonl": ["e"], "test.jsonl": ["f"]})
+    older = data_set("older", {"only.jsonl": ["g"]})
+    server = Hub({"o/chats": {"main": chats}, "o/pairs": {"main": pairs, "v1": older}, "owner/gated": {"main": older}})
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    try:
+        specs = {
+            "o/chats/train_sft": ["a", "b"],
+            "o/chats/test_sft:0.5": ["d"],
+            "o/chats/data/*00000-of-00002*": ["a"],
+            "o/pairs": ["e"],
+            "o/pairs/test": ["f"],
+            "o/pairs@v1": ["g"],
+            "owner/gated": ["g"],
+        }
+        assert load(tmp_path, endpoint, *specs, code=READ, HF_TOKEN=TOKEN) == list(specs.values())
+        fetched = {path.split("?")[0].split("/")[-1] for path, _ in server.seen if "/resolve/" in path}
+        assert not {"train_gen-00000-of-00001.jsonl", "README.md", "dataset_infos.json"} & fetched
+        wrong = ["o/chats", "o/chats/valid", "o/none", "o/pairs@v9"]
+        several, valid, none, revision = load(tmp_path, endpoint, *wrong, code=READ)
+        assert "test_sft, train_gen, train_sft" in several and "--data o/chats/train_gen" in several
+        assert "'valid'" in valid and "test_sft, train_gen, train_sft" in valid
+        assert "o/none" in none and "v9" in revision
+        for error in (several, valid, none, revision):
+            assert "\n" not in error and len(error) < 500
+    finally:
+        server.shutdown()
+        server.server_close()
+    dead = "http://127.0.0.1:9"
+    known = ["o/chats/train_sft", "o/pairs@v1"]
+    for environment in ({"HF_HUB_OFFLINE": "1"}, {}):
+        assert load(tmp_path, dead, *known, code=READ, **environment) == [["a", "b"], ["g"]]
+    [unknown] = load(tmp_path, dead, "o/none", code=READ, HF_HUB_OFFLINE="1")
+    assert "o/none" in unknown and "\n" not in unknown

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "minichat"
 
 LAYERS = [
     {"errors", "version"},
-    {"device", "files"},
+    {"device", "files", "formats", "sources"},
     {"attention", "cache", "losses", "optim", "lora", "tokenizer", "sandbox", "metrics", "kernels"},
     {"chat", "model", "int4", "plots"},
     {"data", "weights", "generation"},
@@ -28,6 +28,7 @@ HEAVY = {
     "numpy",
     "tqdm",
     "matplotlib",
+    "pyarrow",
     "transformers",
     "triton",
 }

@@ -2,11 +2,13 @@
 
 import dataclasses
 import errno
+import gzip
 import inspect
 import io
 import json
 import math
 import os
+import re
 import resource
 import runpy
 import select
@@ -549,6 +551,30 @@ def test_evaluate_is_the_answers_score(done, base, files):
     assert shown == f"exact match {found['exact_match']:.1%} of 24\n"
 
 
+# ---- data ----
+
+
+def test_several_sources_bad_records_and_a_split(run, base, tmp_path):
+    """Bad records are counted, named and listed in the run folder; what is held out is not learnt from."""
+    rows = [json.dumps({"text": f"{i} + 1 = {i + 1}"}) for i in range(200)]
+    with gzip.open("a.jsonl.gz", "wt") as file:
+        file.write("\n".join([*rows[:100], "{'a'", '{"b": 1}']))
+    Path("b").mkdir()
+    Path("b/train.json").write_text("[" + ", ".join([*rows[100:], "7"]) + "]")
+    flags = ("--model", base, "--data", "a.jsonl.gz:1", "b:3", "--eval-split", 0.2, *SHORT[2:])
+    code, out, err = run("train.py", *flags, "--out", "r")
+    assert code == 0, err
+    bad = Path("r/bad-records.txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in bad] == ["a.jsonl.gz:101", "a.jsonl.gz:102", "b/train.json:101"]
+    assert all(f"minichat: bad: {line}" in err for line in bad)
+    said = {name: re.search(rf"minichat: {name}: (\d+) records", err) for name in ("a.jsonl.gz", "b", "--eval-split")}
+    first, second, held = (int(found[1]) for found in said.values())
+    assert first + second + held == 200 and 20 < held < 60 and ", 2 bad" in err
+    assert "eval_loss" in json.loads(Path("r/metrics.jsonl").read_text().splitlines()[-1])
+    steps = math.ceil((second + round(second / 3)) / 4)  # all of b, a third as many of a
+    assert f"{steps} steps" in err
+
+
 # ---- bad input: one line, exit code 2, nothing written ----
 
 
@@ -597,14 +623,20 @@ def error_of(result) -> str:
         ("infer.py", ["@latin1.txt"], ["latin1.txt", "utf-8"]),
         ("train.py", ["--model", ""], ["--model"]),
         ("train.py", ["--data", "missing.jsonl"], ["missing.jsonl"]),
-        ("train.py", ["--data", "bad.jsonl"], ["bad.jsonl:3"]),
-        ("train.py", ["--data", "list.jsonl"], ["list.jsonl:2", "list"]),
+        ("train.py", ["--data", "bad.jsonl", "--strict"], ["bad.jsonl:3"]),
+        ("train.py", ["--data", "list.jsonl", "--strict"], ["list.jsonl:2", "list"]),
+        ("train.py", ["--data", "bad.jsonl:0.5", "list.jsonl"], ["some have none"]),
+        ("train.py", ["--data", "bad.jsonl:none"], ["'none'", "positive"]),
+        ("train.py", ["--eval-split", "1"], ["--eval-split", "1.0"]),
+        ("train.py", ["--eval-split", "1e-9"], ["no record"]),
+        ("train.py", ["--eval-split", "0.1", "--eval-data", "bad.jsonl"], ["--eval-split", "--eval-data"]),
+        ("train.py", ["--eval-data", "bad.jsonl:2"], ["bad.jsonl:2", "--data alone"]),
         ("train.py", ["--data", "fields.jsonl"], ["fields.jsonl:1", "question"]),
         ("train.py", ["--data", "roles.jsonl"], ["roles.jsonl:1", "robot"]),
         ("train.py", ["--data", "content.jsonl"], ["content.jsonl:1", "content"]),
         ("train.py", ["--data", "empty.jsonl"], ["no record"]),
         ("train.py", ["--data", "{pairs}"], ["pairs.jsonl:1", "dpo.py"]),
-        ("train.py", ["--eval-data", "bad.jsonl"], ["bad.jsonl:3"]),
+        ("train.py", ["--eval-data", "bad.jsonl", "--strict"], ["bad.jsonl:3"]),
         ("train.py", ["--max-length", "1"], ["--max-length"]),
         ("train.py", ["--lr", "-1"], ["--lr", "-1"]),
         ("train.py", ["--lr", "nan"], ["--lr", "nan"]),

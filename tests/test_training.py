@@ -40,7 +40,7 @@ def pairs(n=4, seed=0):
 
 def fit(model, method, items, eval_items=None, folder=None, **changes):
     settings = Settings(**{"steps": 4, "batch_size": 2, "lr": 1e-2, "log_every": 1, **changes})
-    with Metrics(folder, training.count_steps(items, settings), "test") as metrics:
+    with Metrics(folder, training.count_steps(data.Mix([items]), settings), "test") as metrics:
         return training.fit(model, method, items, settings, metrics, eval_items)
 
 
@@ -122,7 +122,7 @@ def test_bf16_gradients_add_up_in_float32(monkeypatch):
     # Adam's first moment is then the gradient itself
     settings = dict(steps=1, batch_size=1, accumulate=8, clip=0, betas=(0.0, 0.999))
     fit(model, method, items, **settings)
-    batches = next(training.steps(items, Settings(**settings), method, model.device))
+    batches = next(training.steps(data.Mix([items]), Settings(**settings), method, model.device))
     weight = sum(batch.weight for batch in batches)
     expected = [torch.zeros(p.shape) for p in twin.parameters()]
     for batch in batches:
@@ -322,7 +322,7 @@ def test_steps_are_counted_over_epochs(records, batch_size, accumulate, epochs, 
     method = training.sft()
     watched = training.Method(method.objective, lambda *a: seen.append(data.sft_batch(*a)) or seen[-1], method.summary)
     settings = dict(steps=None, epochs=epochs, batch_size=batch_size, accumulate=accumulate)
-    assert training.count_steps(examples(records), Settings(**settings)) == expected
+    assert training.count_steps(data.Mix([examples(records)]), Settings(**settings)) == expected
     fit(adapted(targets=["q_proj"]), watched, examples(records), folder=tmp_path, **settings)
     assert [record["step"] for record in logged(tmp_path)] == list(range(1, expected + 1))
     names = [name for batch in seen for name in batch.where]
@@ -333,7 +333,9 @@ def test_steps_are_counted_over_epochs(records, batch_size, accumulate, epochs, 
 
 def test_every_epoch_has_its_own_order():
     wheres = []
-    for _, batches in zip(range(8), training.steps(examples(8), Settings(batch_size=2), training.sft(), make().device)):
+    for _, batches in zip(
+        range(8), training.steps(data.Mix([examples(8)]), Settings(batch_size=2), training.sft(), make().device)
+    ):
         wheres += batches[0].where
     assert wheres[:8] != wheres[8:] and sorted(wheres[:8]) == sorted(wheres[8:])
 
@@ -363,7 +365,7 @@ def test_metrics_have_what_readers_rely_on(tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_names_its_records(log_every):
     """Also when it is read later, when the steps after it are not finite either."""
     model, items = adapted(), examples(6)
-    [second] = data.order([len(e) for e in items], 2, 1, 42, 0)[1]
+    [second] = data.order(data.Mix([items]), 2, 1, 42, 0)[1]
     model.model.embed_tokens.weight.data[50] = math.nan
     for i, e in enumerate(items):
         e.ids = [51 if token == 50 else token for token in e.ids]

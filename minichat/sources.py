@@ -1,0 +1,274 @@
+"""Where records come from: files, folders and data sets of the hub, one record at a time."""
+
+import codecs
+import fnmatch
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from minichat.errors import BadInput
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+# what lies beside data in data sets and is none
+BESIDE = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json")
+CHUNK = 1 << 20  # characters of a JSON array read at a time
+LONGEST = 1 << 26  # characters of one record in it: more is no record
+
+
+@dataclass(frozen=True)
+class Source:
+    """What --data names: its files, as they are called in messages, and its share of what is learnt (None: all)."""
+
+    name: str
+    files: tuple[Path, ...]
+    weight: float | None = None
+
+
+def find(spec: str) -> Source:
+    """The source that `SOURCE[:WEIGHT]` names.
+
+    SOURCE is a file, a folder, or OWNER/NAME[@REVISION] of the hub's data sets; a folder or a data set may be followed
+    by /SPLIT (train_sft) or by a /PATTERN of files (data/train-*.parquet). Raises BadInput if there is no such thing.
+    """
+    name, weight = spec, None
+    match = re.fullmatch(r"(.+):([^:/\\]*)", spec)
+    if match and not Path(spec).exists():
+        name = match[1]
+        try:
+            weight = float(match[2])
+        except ValueError:
+            weight = -1.0
+        if not 0 < weight < float("inf"):
+            raise BadInput(f"--data {spec}: the weight {match[2]!r} after the colon must be a positive number")
+    path = Path(name).expanduser()
+    if not name.strip():
+        raise BadInput("--data has an empty name; it takes files, folders and data sets of the hub")
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise BadInput(f"{path}: records are read from {', '.join(SUFFIXES)}; rename it, or convert it")
+        return Source(name, (path,), weight)
+    if path.is_dir():
+        return Source(name, tuple(path / file for file in _chosen(_listing(path), "", name)), weight)
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    if re.search(r"[*?[]", name) or folder != Path() and not name.endswith(SUFFIXES):
+        # the owner of a hub id may be called as a folder here: what is here comes first where it has what is asked for
+        found = _chosen(_listing(folder), path.relative_to(folder).as_posix(), name, strict=False)
+        if found:
+            return Source(name, tuple(folder / file for file in found), weight)
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?", name)
+    if not match or name.startswith((".", "/", "~")) or match[2] is None and Path(match[1]).name.endswith(SUFFIXES):
+        raise BadInput(f"--data {name}: no such file or folder, and not a data set of the hub (owner/name)")
+    return Source(name, _download(name, match[1], match[2], match[3] or ""), weight)
+
+
+def _listing(folder: Path) -> list[str]:
+    """Its files as they are called in it, as deep as data sets have them: never a walk over a whole disk."""
+    found = [file for depth in ("*", "*/*", "*/*/*") for file in folder.glob(depth)]
+    return sorted(file.relative_to(folder).as_posix() for file in found if file.is_file())
+
+
+def _chosen(files: list[str], inside: str, name: str, strict: bool = True) -> list[str]:
+    """The files of records in a listing: those of a split or a pattern, or without one the only split, or train."""
+    data = [file for file in files if _is_data(file)]
+    splits = sorted({_split(file) for file in data})
+    train = [split for split in splits if re.match(r"train(?![a-z])", split)]
+    if inside not in ("", "."):
+        found = [file for file in data if fnmatch.fnmatchcase(file, inside) or _split(file) == inside]
+    elif len(train) > 1:
+        raise BadInput(f"{name} holds {', '.join(splits)}: say which, --data {name}/{train[0]}"[:400])
+    else:
+        found = [file for file in data if _split(file) == train[0]] if train else data
+    if strict and not found:
+        there = (
+            f"nothing there is called {inside!r}; it holds {', '.join(splits)}" if data else f"no {', '.join(SUFFIXES)}"
+        )
+        raise BadInput(f"{name}: {there}"[:400])
+    return found
+
+
+def _is_data(file: str) -> bool:
+    path = PurePosixPath(file)
+    hidden = any(part.startswith((".", "_")) for part in path.parts)
+    return path.name.endswith(SUFFIXES) and path.name not in BESIDE and not hidden
+
+
+def _split(file: str) -> str:
+    """The split that a file is of, by its name: data/train_sft-00000-of-00003-a3f.parquet -> train_sft.
+
+    train/0000.parquet -> train.
+    """
+    path = PurePosixPath(file)
+    stem = path.name
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        stem = stem.removesuffix(suffix)
+    stem = re.sub(r"[-_.]\d+-of-\d+.*$", "", stem)
+    return path.parent.name if re.fullmatch(r"(part[-_.])?\d+", stem) and path.parent.name else stem
+
+
+def _download(name: str, repo: str, revision: str | None, inside: str) -> tuple[Path, ...]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    kind = {"repo_type": "dataset", "revision": revision}
+    try:
+        files = _hub_files(repo, kind)
+        if files is not None:
+            files = _chosen(files, inside, name)
+            folder = Path(snapshot_download(repo, **kind, allow_patterns=[_literal(file) for file in files]))
+        else:
+            # no pattern that any file fits: what is here of the data set is enough, whole or not
+            folder = Path(snapshot_download(repo, **kind, local_files_only=True, allow_patterns=["/"]))
+            files = _chosen(_listing(folder), inside, name)
+    except BadInput:
+        raise
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(f"--data {name}: no such file or folder here, and the hub gave none: {why}") from None
+    return tuple(folder / file for file in files)
+
+
+def _hub_files(repo: str, kind: dict) -> list[str] | None:
+    """The names of a data set's files; None if no hub is within reach. Raises HfHubHTTPError if it says no."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return HfApi().list_repo_files(repo, **kind)
+    except HFValidationError:
+        raise
+    except HfHubHTTPError as error:
+        if error.response is not None:
+            raise
+    except Exception:  # of whichever HTTP library this version of the hub's package uses
+        pass
+    return None
+
+
+def _literal(file: str) -> str:
+    """A pattern that this name alone fits."""
+    return re.sub(r"([*?[])", r"[\1]", file)
+
+
+# ---- records ----
+
+
+def all_records(source: Source) -> Iterator[tuple[str, dict | BadInput]]:
+    """The records of all files of a source, as records() gives them."""
+    for file in source.files:
+        yield from records(file)
+
+
+def split(found: Iterable[tuple[str, dict | BadInput]], share: float, held_out: bool) -> Iterator[tuple]:
+    """The records that are held out to evaluate on, about `share` of them, or the others.
+
+    Which they are depends on the record alone: not on its place, nor on a seed, and a duplicate goes with the first.
+    """
+    for where, record in found:
+        content = "" if isinstance(record, BadInput) else json.dumps(record, sort_keys=True, default=str)
+        digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
+        if held_out == (bool(content) and int.from_bytes(digest, "big") < share * 2**64):
+            yield where, record
+
+
+def records(path: Path) -> Iterator[tuple[str, dict | BadInput]]:
+    """(file:number, record) for each record of a file; a BadInput in the place of one that cannot be read.
+
+    number: its line, its place in a JSON array, or its row, from 1. Raises BadInput where the file itself is at fault
+    and what follows cannot be told.
+    """
+    name = str(path)
+    found = _parquet(path) if name.endswith(".parquet") else _json(path)
+    number = 0
+    try:
+        for number, record in found:
+            if not isinstance(record, dict | BadInput):
+                record = BadInput(f"a {type(record).__name__}, not an object")
+            yield f"{path}:{number}", record
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise BadInput(f"{path}: corrupt or cut off after record {number} ({error}); fetch it again") from None
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}") from None
+
+
+def _json(path: Path) -> Iterator[tuple[int, object]]:
+    opened = gzip.open if path.name.endswith(".gz") else open
+    with opened(path, "rb") as stream:
+        if path.name.endswith((".json", ".json.gz")):
+            start = stream.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
+            if start.startswith(b"["):
+                yield from _array(path, stream)
+                return
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield number, parse(line)
+
+
+def parse(line: bytes) -> object:
+    """The value of a line of JSON, or the BadInput that says why it has none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return BadInput(f"not JSON: {str(error)[:200]}")
+
+
+def _array(path: Path, stream) -> Iterator[tuple[int, object]]:
+    """The elements of a file that is one JSON array, a few at a time: such files are larger than memory."""
+    decoder, scan = json.JSONDecoder(), re.compile(r"[\s,]*").match
+    more = _characters(path, stream)
+    text = next(more).lstrip()
+    while not text:
+        text = next(more).lstrip()
+    at, number = 1, 0
+    while True:
+        at = scan(text, at).end()
+        if at < len(text) and text[at] == "]":
+            return
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            # it may go on in what is not read yet, where the error is at the end, or in a string that has none
+            cut = isinstance(error, json.JSONDecodeError) and (
+                error.pos > len(text) - 12 or error.msg.startswith("Unterminated")
+            )
+            longer = next(more, "") if cut and len(text) - at < LONGEST else ""
+            if not longer:
+                raise BadInput(f"{path}: corrupt or cut off after record {number} ({error}); fetch it again") from None
+            text, at = text[at:] + longer, 0
+            continue
+        number += 1
+        yield number, value
+
+
+def _characters(path: Path, stream) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    try:
+        while block := stream.read(CHUNK):
+            if text := decoder.decode(block):
+                yield text
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 ({error.reason}); convert it") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise BadInput(f"{path}: reading Parquet needs pyarrow: pip install 'minichat[data]'") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            number = 0
+            for rows in file.iter_batches(batch_size=512):
+                for record in rows.to_pylist():
+                    number += 1
+                    yield number, record
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the system's own, not pyarrow's word for bad bytes
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path} is not Parquet, or corrupt ({why}); fetch it again") from None
