@@ -36,7 +36,7 @@ def main() -> None:
         raise BadInput(f"--max-prompt-length {args.max_prompt_length} leaves no room for answers in {args.max_length}")
     args.model = args.model or cli.default_model("sft")
 
-    from minichat import data, runs, training
+    from minichat import chat, examples, runs, training
 
     try:
         method = training.dpo(args.beta, args.loss, args.label_smoothing, args.reference_free)
@@ -44,11 +44,9 @@ def main() -> None:
         raise BadInput(f"{error}") from None
     model, tokenizer = cli.load(args)
 
-    def read(records):
-        options = (args.template, args.max_length, args.max_prompt_length, args.format, args.strict)
-        return data.pairs(records, tokenizer, *options)
-
-    runs.train(args, model, tokenizer, method, read, "dpo")
+    template = chat.template_text(args.template, tokenizer)
+    encoder = examples.Dpo(tokenizer, template, args.max_length, args.max_prompt_length, args.format)
+    runs.train(args, model, tokenizer, method, encoder, "dpo")
 
 
 if __name__ == "__main__":

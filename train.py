@@ -34,15 +34,13 @@ def main() -> None:
         raise BadInput("--from-config makes a new model; it goes with neither --model nor --adapter")
     args.model = args.model or args.from_config or cli.default_model()
 
-    from minichat import data, runs, training
+    from minichat import chat, examples, runs, training
 
     model, tokenizer = runs.new_model(args) if args.from_config else cli.load(args)
 
-    def read(records):
-        options = (args.template, args.max_length, args.format, args.learn, args.strict)
-        return data.examples(records, tokenizer, *options)
-
-    runs.train(args, model, tokenizer, training.sft(), read, "sft")
+    template = chat.template_text(args.template, tokenizer)
+    encoder = examples.Sft(tokenizer, template, args.max_length, args.format, args.learn)
+    runs.train(args, model, tokenizer, training.sft(), encoder, "sft")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Files of JSON and tensors: read with one clear line for what is wrong, written whole or not at all."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minichat.errors import BadInput
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $MINICHAT_CACHE, else the user's cache. Raises OSError if there is none."""
+    if folder := os.environ.get("MINICHAT_CACHE"):
+        return Path(folder)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minichat"
+    except RuntimeError as error:  # neither $HOME nor an entry for this user
+        raise OSError(f"{error} Or set MINICHAT_CACHE to a folder") from None
 
 
 def read_json(path: Path, missing: dict | None = None) -> dict:

@@ -2,19 +2,17 @@
 
 import argparse
 import os
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from minichat import chat, cli, data, files, lora, metrics, sources, training, weights
+from minichat import chat, cli, data, files, lora, metrics, sources, store, training, weights
 from minichat.assets import sums
 from minichat.errors import BadInput
+from minichat.examples import Dpo, Report, Sft
 from minichat.model import Mistral
 from minichat.tokenizer import Tokenizer
-
-Read = Callable[[Iterable[tuple[str, dict | BadInput]]], tuple[list, data.Report]]  # records -> items
 
 EMBEDDED = {"sft": ("sft", 8000), "dpo": ("pairs", 1500)}  # without --data: kind and number of records
 
@@ -40,11 +38,10 @@ def new_model(args: argparse.Namespace) -> tuple[Mistral, Tokenizer]:
     return model.to(where, cli.torch_dtype(args.dtype) or device.default_dtype(where)), tokenizer
 
 
-def embedded(args: argparse.Namespace, what: str) -> Iterator[tuple[str, dict]]:
-    """(file:line, record) of the embedded default, as they will be in the run folder's data.jsonl."""
+def embedded(args: argparse.Namespace, what: str) -> Iterator[dict]:
+    """The records of the embedded default, as they will be in the run folder's data.jsonl."""
     kind, count = EMBEDDED[what]
-    for line, record in enumerate(sums.records(kind, count, args.seed), 1):
-        yield f"{args.out / 'data.jsonl'}:{line}", record
+    return sums.records(kind, count, args.seed)
 
 
 def check_out(args: argparse.Namespace) -> None:
@@ -61,33 +58,36 @@ def check_out(args: argparse.Namespace) -> None:
             raise BadInput(f"{args.out / name} is where this run writes its own; choose another --out")
 
 
-def read_data(args: argparse.Namespace, read: Read, what: str) -> tuple[data.Mix, list, list[str]]:
-    """What the flags name: items to learn from, items to evaluate on, and the bad records, a line each."""
+def read_data(args: argparse.Namespace, encoder: Sft | Dpo, what: str) -> tuple[data.Mix, data.Mix, list[str]]:
+    """What the flags name: items to learn from, items to evaluate on, and bad records, a line each."""
     found = [sources.find(spec) for spec in args.data or ()]
+    held_out = [sources.find(spec) for spec in args.eval_data or ()]
     bad: list[str] = []
 
-    def items_of(name: str, records: Iterable[tuple[str, dict | BadInput]]) -> list:
-        items, report = read(records)
+    def tell(name: str, report: Report) -> None:
         say(f"{name}: {report}")
         for line in report.bad[:3]:
             say(f"bad: {line}")
         bad.extend(report.bad)
+
+    def items_of(source: sources.Source) -> store.Items:
+        items, report = store.load(source, encoder, args.strict)
+        tell(source.name, report)
         return items
 
-    def records_of(source: sources.Source | None, held_out: bool = False) -> Iterator[tuple[str, dict | BadInput]]:
-        records = sources.all_records(source) if source else embedded(args, what)
-        return sources.split(records, args.eval_split, held_out) if args.eval_split else records
-
-    learnt = found or [None]
-    parts = [items_of(source.name if source else "no --data, so sums", records_of(source)) for source in learnt]
-    mix = data.Mix(parts, [source.weight for source in found] or None)
-    eval_items = []
+    if found:
+        parts = [items_of(source) for source in found]
+    else:
+        items, report = store.of_records(str(args.out / "data.jsonl"), embedded(args, what), encoder)
+        tell("no --data, so sums", report)
+        parts = [items]
+    eval_parts = [items_of(source) for source in held_out]
     if args.eval_split:
-        eval_items = items_of("--eval-split", chain.from_iterable(records_of(source, True) for source in learnt))
-    elif args.eval_data:
-        held = chain.from_iterable(sources.all_records(sources.find(spec)) for spec in args.eval_data)
-        eval_items = items_of(", ".join(args.eval_data), held)
-    return mix, eval_items, bad
+        parts, eval_parts = zip(*(items.split(args.eval_split) for items in parts))
+        say(f"--eval-split {args.eval_split}: {sum(map(len, eval_parts)):,} records to evaluate on")
+        if not all(map(len, parts)) or not any(map(len, eval_parts)):
+            raise BadInput(f"--eval-split {args.eval_split} leaves no record on one side; choose another share")
+    return data.Mix(parts, [source.weight for source in found] or None), data.Mix(eval_parts), bad
 
 
 def train(
@@ -95,7 +95,7 @@ def train(
     model: Mistral,
     tokenizer: Tokenizer,
     method: training.Method,
-    read: Read,
+    encoder: Sft | Dpo,
     what: str,
 ) -> None:
     """Everything after loading: the same for SFT and DPO. what: "sft" or "dpo"."""
@@ -118,9 +118,8 @@ def train(
     else:
         targets = [name.strip() for name in args.lora_targets.split(",") if name.strip()]
         lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
-    template = chat.template_text(args.template, tokenizer)
-    stop_ids, _ = chat.stops(template, tokenizer)
-    items, eval_items, bad = read_data(args, read, what)
+    stop_ids, _ = chat.stops(encoder.template, tokenizer)
+    items, eval_items, bad = read_data(args, encoder, what)
     settings = training.Settings(
         steps=args.steps,
         epochs=args.epochs,
@@ -139,7 +138,8 @@ def train(
     )
     if args.full and what == "dpo" and not args.reference_free:
         say("full fine-tuning: the reference's log-probs, once")
-        training.add_reference(model, method, [*items, *eval_items], settings)
+        for mix in (items, eval_items):
+            mix.parts = [training.with_reference(model, method, part, settings) for part in mix.parts]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = training.count_steps(items, settings)
     say(f"{trained:,} weights train on {model.device}, {total} steps")
@@ -151,7 +151,9 @@ def train(
     with metrics.Metrics(args.out, total, what) as log:
         training.fit(model, method, items, settings, log, eval_items)
     if args.full:
-        weights.save_model(model, tokenizer, args.out / "model", cli.torch_dtype(args.save_dtype), template, stop_ids)
+        weights.save_model(
+            model, tokenizer, args.out / "model", cli.torch_dtype(args.save_dtype), encoder.template, stop_ids
+        )
     else:
         metadata = {"base_fingerprint": model.identity}
         if Path(model.source).is_dir():
@@ -159,7 +161,7 @@ def train(
         if model.scheme is not None:
             metadata["int4"] = str(model.scheme)
         with files.staged(args.out / "adapter", last=lora.CONFIG) as new:
-            tokenizer.save(new, template, stop_ids)
+            tokenizer.save(new, encoder.template, stop_ids)
             lora.save(model, new, base=model.source, metadata=metadata)
     cli.end_run(args)
     draw(args.out)

@@ -3,11 +3,10 @@
 import codecs
 import fnmatch
 import gzip
-import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -163,57 +162,50 @@ def all_records(source: Source) -> Iterator[tuple[str, dict | BadInput]]:
         yield from records(file)
 
 
-def split(found: Iterable[tuple[str, dict | BadInput]], share: float, held_out: bool) -> Iterator[tuple]:
-    """The records that are held out to evaluate on, about `share` of them, or the others.
-
-    Which they are depends on the record alone: not on its place, nor on a seed, and a duplicate goes with the first.
-    """
-    for where, record in found:
-        content = "" if isinstance(record, BadInput) else json.dumps(record, sort_keys=True, default=str)
-        digest = hashlib.blake2b(content.encode(), digest_size=8).digest()
-        if held_out == (bool(content) and int.from_bytes(digest, "big") < share * 2**64):
-            yield where, record
-
-
 def records(path: Path) -> Iterator[tuple[str, dict | BadInput]]:
-    """(file:number, record) for each record of a file; a BadInput in the place of one that cannot be read.
+    """(file:number, record) for each record of a file; a BadInput in the place of one that cannot be read."""
+    for number, value, _ in raw(path):
+        yield f"{path}:{number}", parse(value)
+
+
+def parse(value: object) -> dict | BadInput:
+    """The record that a line of JSON is, or a value that is read already; a BadInput that says why it is none."""
+    if isinstance(value, bytes):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            return BadInput(f"not JSON: {str(error)[:200]}")
+    return value if isinstance(value, dict) else BadInput(f"a {type(value).__name__}, not an object")
+
+
+def raw(path: Path) -> Iterator[tuple[int, object, int]]:
+    """(number, line or value, bytes of the file read so far) for each record of a file, to be parsed elsewhere.
 
     number: its line, its place in a JSON array, or its row, from 1. Raises BadInput where the file itself is at fault
     and what follows cannot be told.
     """
-    name = str(path)
-    found = _parquet(path) if name.endswith(".parquet") else _json(path)
     number = 0
     try:
-        for number, record in found:
-            if not isinstance(record, dict | BadInput):
-                record = BadInput(f"a {type(record).__name__}, not an object")
-            yield f"{path}:{number}", record
+        for number, value, at in _parquet(path) if path.name.endswith(".parquet") else _json(path):
+            yield number, value, at
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise BadInput(f"{path}: corrupt or cut off after record {number} ({error}); fetch it again") from None
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}") from None
 
 
-def _json(path: Path) -> Iterator[tuple[int, object]]:
-    opened = gzip.open if path.name.endswith(".gz") else open
-    with opened(path, "rb") as stream:
+def _json(path: Path) -> Iterator[tuple[int, object, int]]:
+    with open(path, "rb") as file:
+        stream = gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file
         if path.name.endswith((".json", ".json.gz")):
             start = stream.peek(64)[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
             if start.startswith(b"["):
-                yield from _array(path, stream)
+                for number, value in _array(path, stream):
+                    yield number, value, file.tell()
                 return
         for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield number, parse(line)
-
-
-def parse(line: bytes) -> object:
-    """The value of a line of JSON, or the BadInput that says why it has none."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return BadInput(f"not JSON: {str(error)[:200]}")
+            if not line.isspace():
+                yield number, line, file.tell()
 
 
 def _array(path: Path, stream) -> Iterator[tuple[int, object]]:
@@ -254,7 +246,7 @@ def _characters(path: Path, stream) -> Iterator[str]:
         raise BadInput(f"{path} is not UTF-8 ({error.reason}); convert it") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
+def _parquet(path: Path) -> Iterator[tuple[int, dict, int]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -262,11 +254,11 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
         raise BadInput(f"{path}: reading Parquet needs pyarrow: pip install 'minichat[data]'") from None
     try:
         with parquet.ParquetFile(path) as file:
-            number = 0
+            number, size = 0, path.stat().st_size / max(1, file.metadata.num_rows)
             for rows in file.iter_batches(batch_size=512):
                 for record in rows.to_pylist():
                     number += 1
-                    yield number, record
+                    yield number, record, round(number * size)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's own, not pyarrow's word for bad bytes
             raise

@@ -1,6 +1,7 @@
 """Text to token ids and back, over the Hugging Face `tokenizers` library; and text from a stream of ids."""
 
 import codecs
+import hashlib
 import json
 import os
 import shutil
@@ -140,6 +141,12 @@ class Tokenizer:
             config = config or {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
             write_json(folder / "tokenizer_config.json", {**config, "chat_template": chat_template})
             (folder / TEMPLATE_FILE).unlink(missing_ok=True)  # it would come first
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the ids of a text."""
+        known = [self._tokenizer.to_str(), self.bos_id, self.eos_id, self.add_bos, self.special_tokens]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def _encode(self, text: str):
         try:

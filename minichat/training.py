@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minichat import data, device, lora, losses, optim
 from minichat.errors import BadInput
+from minichat.examples import Pair
 from minichat.metrics import Metrics
 
 
@@ -101,15 +102,14 @@ def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, 
 
 
 @torch.no_grad()
-def add_reference(model: nn.Module, method: Method, pairs: list[data.Pair], settings: Settings) -> None:
-    """Give every pair the log-probs of its answers under the model as it is now."""
+def with_reference(model: nn.Module, method: Method, pairs: Sequence[Pair], settings: Settings) -> data.Referenced:
+    """The pairs with the log-probs of their answers under the model as it is now."""
     where = model.device
-    for indices in data.by_length([len(pair) for pair in pairs], settings.batch_size):
-        chosen = [pairs[i] for i in indices]
-        batch = method.batch(chosen, lambda n: device.bucket(n, where))
-        sums = method.logps(model, on(where, batch.tensors))
-        for pair, good, bad in zip(chosen, *(half.tolist() for half in sums.chunk(2))):
-            pair.reference = good, bad
+    found = torch.empty(len(pairs), 2)
+    for indices in data.by_length(data.lengths(pairs), settings.batch_size):
+        batch = method.batch([pairs[i] for i in indices], lambda n: device.bucket(n, where))
+        found[indices] = method.logps(model, on(where, batch.tensors)).view(2, -1).T.float().cpu()
+    return data.Referenced(pairs, found)
 
 
 def fit(
@@ -118,7 +118,7 @@ def fit(
     items: Sequence,
     settings: Settings,
     metrics: Metrics,
-    eval_items: list | None = None,
+    eval_items: Sequence | None = None,
 ) -> dict[str, float]:
     """Train what requires a gradient; the last logged numbers. items: a data.Mix, or a list.
 
@@ -201,14 +201,14 @@ def count_steps(items: data.Mix, settings: Settings) -> int:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, method: Method, items: list, settings: Settings) -> dict[str, float]:
+def evaluate(model: nn.Module, method: Method, items: Sequence, settings: Settings) -> dict[str, float]:
     """The method's means over all items, with dropout off."""
     where = model.device
     was_training = model.training
     model.eval()
     sums: dict[str, Any] = {}
     weight = 0
-    for indices in data.by_length([len(item) for item in items], settings.batch_size):
+    for indices in data.by_length(data.lengths(items), settings.batch_size):
         batch = method.batch([items[j] for j in indices], lambda n: device.bucket(n, where))
         for key, value in method.objective(model, on(where, batch.tensors)).items():
             sums[key] = sums.get(key, 0) + value

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from test_data import SYSTEM, said, user
+from test_examples import SYSTEM, said, user
 
-from minichat import chat, data
+from minichat import chat
 from minichat.cli import BASE
 from minichat.errors import BadInput
+from minichat.examples import Dpo, encode
 from minichat.formats import CHATS, PAIRS, read
 from minichat.tokenizer import Tokenizer
 
@@ -96,9 +97,10 @@ def test_what_pairs_say(record, said):
 def test_a_pair_in_chatml_has_the_ids_of_its_text(tmp_path):
     """NeuralHermes' recipe feeds the text as it stands: through messages and the template comes the same text."""
     tokenizer = Tokenizer(BASE)
-    pair, _ = data.pairs([("f:1", PREFERS["chatml_dpo_pairs"][0])], tokenizer, "chatml", 500, 400)
-    assert tokenizer.decode(pair[0].prompt + pair[0].chosen) == CHATML + "Hello<|im_end|>\n"
-    assert tokenizer.decode(pair[0].prompt + pair[0].rejected) == CHATML + "No<|im_end|>\n"
+    encoder = Dpo(tokenizer, chat.template_text("chatml", tokenizer), 500, 400)
+    (pair,), _ = encode([("f:1", PREFERS["chatml_dpo_pairs"][0])], encoder)
+    assert tokenizer.decode(pair.prompt + pair.chosen) == CHATML + "Hello<|im_end|>\n"
+    assert tokenizer.decode(pair.prompt + pair.rejected) == CHATML + "No<|im_end|>\n"
 
 
 WRONG = {

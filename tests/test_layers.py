@@ -14,7 +14,8 @@ LAYERS = [
     {"device", "files", "formats", "sources"},
     {"attention", "cache", "losses", "optim", "lora", "tokenizer", "sandbox", "metrics", "kernels"},
     {"chat", "model", "int4", "plots"},
-    {"data", "weights", "generation"},
+    {"examples", "weights", "generation"},
+    {"data", "store"},
     {"training"},
     {"cli", "runs", "converse", "evaluate", "assets"},
 ]

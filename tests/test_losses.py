@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minichat import data, lora, losses, training
+from minichat.examples import Pair
 from minichat.losses import dpo_loss, target_logps
 
 # ---- log-probabilities ----
@@ -267,9 +268,9 @@ def test_numbers_out_of_range_are_refused(settings):
 # ---- preferences over a model ----
 
 PAIRS = [
-    data.Pair([1, 5, 6], [7, 8, 9, 10, 2], [11, 2], "a"),
-    data.Pair([1, 12], [13, 2], [14, 15, 16, 2], "b"),
-    data.Pair([1, 17, 18, 19, 20], [21, 22, 2], [21, 23, 24, 25, 26, 2], "c"),
+    Pair([1, 5, 6], [7, 8, 9, 10, 2], [11, 2], "a"),
+    Pair([1, 12], [13, 2], [14, 15, 16, 2], "b"),
+    Pair([1, 17, 18, 19, 20], [21, 22, 2], [21, 23, 24, 25, 26, 2], "c"),
 ]
 
 

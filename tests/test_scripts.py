@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import re
 import resource
 import runpy
 import select
@@ -25,7 +24,7 @@ from helpers import make
 from safetensors.torch import load_file, save_file
 
 import minichat
-from minichat import chat, cli, data, evaluate, generation, lora, training, weights
+from minichat import chat, cli, evaluate, examples, generation, lora, sources, store, training, weights
 from minichat.assets import sums
 from minichat.errors import BadInput
 from minichat.int4 import Scheme
@@ -204,12 +203,24 @@ QUANTISED = ("--int4", "--bits", 8, "--group-size", 64, "--asymmetric", "--dtype
 METHODS = {
     "train.py": (
         ("--learn", "all", "--format", "chat"),
-        {"examples": {"max_length": 200, "format": "chat", "learn": "all"}, "sft": {}},
+        {"Sft": {"max_length": 200, "format": "chat", "learn": "all"}, "sft": {}},
     ),
     "dpo.py": (
-        ("--beta", 0.3, "--loss", "robust", "--label-smoothing", 0.2, "--reference-free", "--max-prompt-length", 90),
+        (
+            "--beta",
+            0.3,
+            "--loss",
+            "robust",
+            "--label-smoothing",
+            0.2,
+            "--reference-free",
+            "--max-prompt-length",
+            90,
+            "--format",
+            "preference",
+        ),
         {
-            "pairs": {"max_length": 200, "max_prompt_length": 90},
+            "Dpo": {"max_length": 200, "max_prompt_length": 90, "format": "preference"},
             "dpo": {"beta": 0.3, "kind": "robust", "label_smoothing": 0.2, "reference_free": True},
         },
     ),
@@ -237,7 +248,7 @@ def test_flags_reach_the_loop(run, files, tmp_path, monkeypatch, script):
 
     method, expected = METHODS[script]
     spy(weights, "load_model"), spy(lora, "attach"), spy(training, "fit", stop)
-    spy(data, next(iter(expected))), spy(training, [*expected][1])
+    spy(examples, next(iter(expected))), spy(training, [*expected][1])
     tokenizer = Tokenizer(cli.BASE)
     shape = dict(vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128, max_position_embeddings=512)
     minichat.save(make(**shape, head_dim=16), tokenizer, tmp_path / "model")
@@ -259,7 +270,7 @@ def test_flags_reach_the_loop(run, files, tmp_path, monkeypatch, script):
     assert seen["load_model"] == loaded and model.scheme == loaded["int4"] and model.dtype == torch.bfloat16
     for name, arguments in expected.items():
         assert {key: seen[name][key] for key in arguments} == arguments
-    assert seen[next(iter(expected))]["template"] == "zephyr"
+    assert seen[next(iter(expected))]["template"] == chat.template_text("zephyr", tokenizer)
     kept = json.loads(Path("out/config.json").read_text())["flags"]
     assert {key: kept[key] for key in SETTINGS} == {**SETTINGS, "betas": [*SETTINGS["betas"]]}
 
@@ -567,11 +578,13 @@ def test_several_sources_bad_records_and_a_split(run, base, tmp_path):
     bad = Path("r/bad-records.txt").read_text().splitlines()
     assert [line.split(": ")[0] for line in bad] == ["a.jsonl.gz:101", "a.jsonl.gz:102", "b/train.json:101"]
     assert all(f"minichat: bad: {line}" in err for line in bad)
-    said = {name: re.search(rf"minichat: {name}: (\d+) records", err) for name in ("a.jsonl.gz", "b", "--eval-split")}
-    first, second, held = (int(found[1]) for found in said.values())
-    assert first + second + held == 200 and 20 < held < 60 and ", 2 bad" in err
+    assert "minichat: a.jsonl.gz: 100 records, " in err and ", 2 bad" in err and "minichat: b: 100 records, " in err
     assert "eval_loss" in json.loads(Path("r/metrics.jsonl").read_text().splitlines()[-1])
-    steps = math.ceil((second + round(second / 3)) / 4)  # all of b, a third as many of a
+    tokenizer = Tokenizer(base)
+    encoder = examples.Sft(tokenizer, chat.template_text("auto", tokenizer), 256)
+    (_, held_a), (b, held_b) = (store.load(sources.find(spec), encoder)[0].split(0.2) for spec in ("a.jsonl.gz", "b"))
+    assert f"{len(held_a) + len(held_b)} records to evaluate on" in err and 20 < len(held_a) + len(held_b) < 60
+    steps = math.ceil((len(b) + round(len(b) / 3)) / 4)  # all of b, a third as many of a
     assert f"{steps} steps" in err
 
 
@@ -628,7 +641,7 @@ def error_of(result) -> str:
         ("train.py", ["--data", "bad.jsonl:0.5", "list.jsonl"], ["some have none"]),
         ("train.py", ["--data", "bad.jsonl:none"], ["'none'", "positive"]),
         ("train.py", ["--eval-split", "1"], ["--eval-split", "1.0"]),
-        ("train.py", ["--eval-split", "1e-9"], ["no record"]),
+        ("train.py", ["--eval-split", "1e-9"], ["no record on one side"]),
         ("train.py", ["--eval-split", "0.1", "--eval-data", "bad.jsonl"], ["--eval-split", "--eval-data"]),
         ("train.py", ["--eval-data", "bad.jsonl:2"], ["bad.jsonl:2", "--data alone"]),
         ("train.py", ["--data", "fields.jsonl"], ["fields.jsonl:1", "question"]),

@@ -8,7 +8,7 @@ import pytest
 
 from minichat import sources
 from minichat.errors import BadInput
-from minichat.sources import find, records, split
+from minichat.sources import find, records
 
 RECORDS = [{"text": "ä"}, {"text": "b", "more": [1, {"c": None}]}, {"text": "x" * 3000}, {"text": "]},{[\\"}]
 
@@ -228,18 +228,3 @@ def test_what_names_nothing_is_one_line(folder, spec, monkeypatch):
     with pytest.raises(BadInput) as error:
         find(spec)
     assert WRONG[spec] in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
-
-
-# ---- what is held out ----
-
-
-def test_what_is_held_out_depends_on_the_record_alone():
-    rows = [(f"f:{i}", {"text": str(i), "n": i}) for i in range(5000)]
-    held, kept = list(split(rows, 0.1, True)), list(split(rows, 0.1, False))
-    assert sorted(held + kept, key=lambda row: row[1]["n"]) == rows
-    assert 400 < len(held) < 600
-    shuffled = [("g:1", {"n": record["n"], "text": record["text"]}) for _, record in reversed(rows)]
-    assert [r for _, r in split(shuffled, 0.1, True)] == [r for _, r in reversed(held)]
-    assert {where for where, _ in held} < {where for where, _ in split(rows, 0.2, True)}  # more holds out what less did
-    bad = [("f:1", BadInput("not JSON"))]
-    assert list(split(bad, 0.99, False)) == bad and not list(split(bad, 0.99, True))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minichat.errors import BadInput
+from minichat.files import cache_folder
 from minichat.kernels import _sources
 from minichat.kernels import int4_reference as reference
 from minichat.kernels.int4_reference import Packed
@@ -191,7 +192,7 @@ def _build_and_load() -> ctypes.CDLL | None:
 def _build() -> Path:
     """The compiled library's path in the cache; compiles it if it is not there. Raises OSError, CalledProcessError."""
     source = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, sys.platform, platform.machine())).encode()).hexdigest()
-    folder = _cache_folder()
+    folder = cache_folder()
     try:
         compiler = _compiler()
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
@@ -222,15 +223,6 @@ def _compiler() -> list[str]:
     if found is None:
         raise OSError("no C++ compiler among g++, c++, clang++")
     return [found]
-
-
-def _cache_folder() -> Path:
-    if folder := os.environ.get("MINICHAT_CACHE"):
-        return Path(folder)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minichat"
-    except RuntimeError as error:  # neither $HOME nor an entry for this user
-        raise OSError(f"{error} Or set MINICHAT_CACHE to a folder") from None
 
 
 def _share_openmp() -> None:
