@@ -7,6 +7,7 @@
 Answers go to standard output, everything else to standard error.
 """
 
+import secrets
 import sys
 
 from minichat import cli
@@ -31,7 +32,8 @@ def parse():
     group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share")
     group.add_argument("--min-p", type=float, default=0.0, help="draw from tokens with this share of the likeliest's")
     group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens already there are rarer")
-    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    group.add_argument("--seed", type=cli.seed, help="of what is drawn (without it: another one every time, and told)")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text")
     group.add_argument("--json", action="store_true", help="one JSON object an answer, nothing streamed")
     args = parser.parse_args()
     return args, {name for name, value in vars(args).items() if value != parser.get_default(name)}
@@ -52,14 +54,12 @@ def main() -> None:
 
     from minichat import converse, generation
 
-    sampling = generation.Sampling(
-        args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.seed
-    )
+    seed = secrets.randbits(32) if args.seed is None else args.seed
+    sampling = generation.Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, seed)
     if args.temperature == 0 and (unused := changed & {"top_k", "top_p", "min_p"}):
         raise BadInput(f"{flags(unused)} at --temperature 0, which draws nothing; give --temperature, such as 0.7")
     if hasattr(sys.stdout, "reconfigure"):  # an answer is not lost for a character that the output cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
-    print(f"minichat: loading {args.model}", file=sys.stderr)
     talk = converse.Talk(args, *cli.load(args), sampling)
     if prompts is None:
         talk.conversation()

@@ -73,7 +73,9 @@ def main() -> None:
     for name, answer in answers.items():
         print(f"\n[{name}]\n{answer[:400]}")
     seconds = [took for _, _, took in passes.values()]
-    print(f"\n{statistics.median(seconds):.0f} s a pass; pictures: runs/demo-{args.seeds[0]}/runs/{{sft,dpo}}/loss.png")
+    runs = f"runs/demo-{args.seeds[0]}/runs"
+    print(f"\n{statistics.median(seconds):.0f} s a pass; pictures: {runs}/sft/loss.png, {runs}/dpo/loss.png")
+    print(f"talk to it: {os.path.relpath(sys.executable)} infer.py --int4 --model {runs}/dpo")
     if args.record:
         record(passes)
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -99,6 +100,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--new", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is thrown away goes then too
     if args.work:
         print(json.dumps(work(args.work, args.save, args.prompt, args.new)))
         return
@@ -106,7 +108,7 @@ def main() -> None:
         scratch = args.scratch or Path(thrown_away)
         bf16, int4 = scratch / "bf16", scratch / "int4"
         if not (bf16 / "config.json").exists():
-            print("writing 14.5 GB of random weights", file=sys.stderr)
+            print(f"writing 14.5 GB of random weights to {scratch}; all of it: 15 minutes, 20 GB", file=sys.stderr)
             make(bf16)
         quantised = measure(bf16, "ours", int4)
         print(f"bf16 -> INT4 while reading: {show(quantised)}")

@@ -20,6 +20,7 @@ from minichat.version import __version__
 BASE = Path(__file__).parent / "assets" / "base"  # the embedded default
 RUNS = {"sft": Path("runs/sft"), "dpo": Path("runs/dpo")}
 REPLACED = "replaced-run"  # where --overwrite keeps the old run until the new one is saved
+REQUIRED = ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "jinja2", "tqdm")
 WRITES = ("config.json", "metrics.jsonl", "loss.png", "data.jsonl", "bad-records.txt")  # files of a run
 RESULTS = {"adapter": "adapter_config.json", "model": "config.json"}  # of a run: a folder, and what is in every such
 
@@ -37,8 +38,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 class Parser(argparse.ArgumentParser):
     """argparse with files of flags, `@recipes/x.args`: shell words, # comments, as many on a line as one likes."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, prog: str | None = None):
         super().__init__(
+            prog=prog,
             usage="%(prog)s [flags] [@file of flags]",  # the whole list comes below, grouped
             description=description,
             formatter_class=_Help,
@@ -99,12 +101,27 @@ def model_flags(parser: Parser, default: str) -> "argparse._ArgumentGroup":
         choices=["float32", "bfloat16", "float16"],
         help="of weights and activations (without it: float32 on the CPU, bfloat16 elsewhere)",
     )
-    group.add_argument("--int4", action="store_true", help="quantise the weights of the linear layers as they are read")
-    group.add_argument("--bits", type=int, default=4, choices=[4, 8], help="of a quantised weight")
-    group.add_argument("--group-size", type=int, default=32, help="weights that share a scale: 32, 64 or 128")
-    group.add_argument("--asymmetric", action="store_true", help="give every group a zero-point beside its scale")
-    group.add_argument("--seed", type=seed, default=42, help="of everything random; the same seed gives the same run")
+    quantise_flags(group)
     return group
+
+
+def quantise_flags(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument("--int4", action="store_true", help="quantise the weights of the linear layers as they are read")
+    group.add_argument("--bits", type=int, default=4, choices=[4, 8], help="--int4: of a quantised weight")
+    group.add_argument("--group-size", type=int, default=32, metavar="N", help="--int4: weights of one scale, 32, "
+                       "64 or 128")  # fmt: skip
+    group.add_argument("--asymmetric", action="store_true", help="--int4: a zero-point beside each group's scale")
+
+
+def scheme(args: argparse.Namespace):
+    """What load_model takes as int4. Raises BadInput for flags that say how without --int4."""
+    from minichat import int4
+
+    plain = (args.bits, args.group_size, args.asymmetric) == (4, 32, False)
+    if not args.int4 and not plain:
+        raise BadInput("--bits, --group-size and --asymmetric say how to quantise; add --int4")
+    wanted = int4.Scheme(args.bits, args.group_size, not args.asymmetric)
+    return args.int4 and (wanted == int4.Scheme() or wanted)  # True: what is INT4 on disk stays as it is
 
 
 def chat_flags(parser: Parser) -> "argparse._ArgumentGroup":
@@ -130,6 +147,7 @@ def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_si
     group.add_argument("--strict", action="store_true", help="stop at the first bad record, instead of counting them")
     group.add_argument("--max-length", type=int, default=max_length, help="tokens of a sequence, longer ones are cut")
     group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=seed, default=42, help="of everything random; the same seed gives the same run")
     group.add_argument("--out", type=Path, default=out, help="the run folder: config.json, metrics.jsonl, loss.png, "
                        "and the adapter or the model")  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
@@ -143,7 +161,8 @@ def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_si
     group.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     group.add_argument("--lr", type=float, default=lr, help="peak learning rate")
     group.add_argument("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="after warm-up")
-    group.add_argument("--warmup", type=float, default=warmup, help="steps, or a share of them if below 1")
+    group.add_argument("--warmup", type=float, default=warmup, metavar="STEPS", help="steps, or below 1 a share of all "
+                       "(less than one step is none)")  # fmt: skip
     group.add_argument("--clip", type=float, default=1.0, help="total gradient norm, 0: no clipping")
     group.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999], metavar=("BETA1", "BETA2"), help="AdamW's")
     group.add_argument("--eps", type=float, default=1e-8, help="AdamW's epsilon")
@@ -219,6 +238,8 @@ def default_model(*runs: str) -> Path:
     for run in runs:
         if any((RUNS[run] / kind / last).exists() for kind, last in RESULTS.items()):
             return RUNS[run]
+        if (RUNS[run] / "metrics.jsonl").exists():
+            print(f"minichat: {RUNS[run]} did not finish and holds no model: passed over", file=sys.stderr)
     return BASE
 
 
@@ -285,13 +306,10 @@ def torch_dtype(name: str | None):
 
 def load(args: argparse.Namespace):
     """The model and tokenizer that the flags name."""
-    from minichat import int4, weights
+    from minichat import metrics, weights
 
-    plain = (args.bits, args.group_size, args.asymmetric) == (4, 32, False)
-    if not args.int4 and not plain:
-        raise BadInput("--bits, --group-size and --asymmetric say how to quantise; add --int4")
-    scheme = int4.Scheme(args.bits, args.group_size, not args.asymmetric)
-    wanted = args.int4 and (scheme == int4.Scheme() or scheme)  # True: what is INT4 on disk stays as it is
+    wanted = scheme(args)
+    metrics.show(f"minichat: loading {args.model}")
     return weights.load_model(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)
 
 
@@ -308,6 +326,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(_fail(str(error)))
     except OSError as error:
         sys.exit(_fail(f"{error.filename or 'the system'}: {error.strerror or error}"))
+    except ModuleNotFoundError as error:
+        if error.name not in REQUIRED:
+            raise
+        how = "`make test` makes .venv, `. .venv/bin/activate` uses it; or pip install -e ."
+        sys.exit(_fail(f"{sys.executable} has no module {error.name!r}: {how}"))
     except (MemoryError, RuntimeError) as error:
         # torch's own class for it is there only once torch is, and its CPU allocator raises none
         if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):

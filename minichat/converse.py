@@ -15,6 +15,8 @@ from minichat.model import Mistral
 from minichat.runs import describe, say
 from minichat.tokenizer import Tokenizer
 
+COMMANDS = "/new forgets it, /exit leaves, /help tells"
+
 
 class Talk:
     """A model, how to sample from it, and the flags of infer.py."""
@@ -25,7 +27,7 @@ class Talk:
         self.limit = context if args.max_length is None else min(args.max_length, context)
         self.template = chat.template_text(args.template, tokenizer)
         self.stop_ids, stop = chat.stops(self.template, tokenizer)
-        self.stop = [*args.stop, *stop]
+        self.stop = [*(args.stop or ()), *stop]
         say(describe(model))
 
     def ids(self, messages: list[dict]) -> list[int]:
@@ -95,28 +97,36 @@ class Talk:
         say(
             f"{found[0].first_token_seconds:.2f} s to the first token, {new} tokens at {rate:.1f} tokens/s, "
             f"peak memory {device.peak_memory_gib(self.model.device):.2f} GiB"
+            + (f", --seed {self.sampling.seed}" if self.sampling.temperature else "")
         )
 
     def conversation(self) -> None:
-        """Ask and answer with history, until Ctrl-D or Ctrl-C at the prompt; Ctrl-C in an answer ends the answer."""
+        """Ask and answer with history, until Ctrl-D; Ctrl-C ends an answer, or drops a line half typed."""
         if sys.stdin.isatty() and sys.stdout.isatty():
             with contextlib.suppress(ImportError):  # not everywhere
                 import readline  # noqa: F401  input() then has arrow keys and remembers lines
-        say("Ctrl-C ends an answer, Ctrl-D the conversation; /new forgets it")
+        say(f"Ctrl-C ends an answer, Ctrl-D the conversation; {COMMANDS}")
         history: list[dict] = []
         while True:
             try:
                 line = _ask("you> ").strip()
                 line.encode()  # some locales let bad bytes through, as lone surrogates
-            except (EOFError, KeyboardInterrupt):
+            except EOFError:
                 print(file=sys.stderr)
                 return
+            except KeyboardInterrupt:  # it came too late to end an answer, or is meant for the line
+                print(f"\n(Ctrl-D or /exit ends the conversation; {COMMANDS})", file=sys.stderr)
+                continue
             except UnicodeError as error:
                 print(f"error: not UTF-8 text: {error}", file=sys.stderr)
                 continue
+            if line == "/exit":
+                return
             if line == "/new":
                 history = []
-            if not line or line == "/new":
+            if line in ("/new", "/help"):
+                say("forgotten" if line == "/new" else COMMANDS)
+            if not line or line in ("/new", "/help"):
                 continue
             try:
                 history, ids = self.fit(history, line)

@@ -44,7 +44,7 @@ def exact_match(model, tokenizer, records: Sequence[dict], template: str, batch_
 
 
 def main() -> None:
-    parser = cli.Parser(__doc__)
+    parser = cli.Parser(__doc__, prog="python -m minichat.evaluate")
     cli.model_flags(parser, "without it: runs/dpo, else runs/sft, else the embedded base")
     cli.chat_flags(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="JSON lines of questions and answers")

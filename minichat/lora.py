@@ -41,6 +41,20 @@ class Lora:
         return y + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.lora_scale
 
 
+class Frozen:
+    """What freeze() makes of an adapter: y = base(x) + scale * B A x, a part of the model that others go over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        for A, B, s in self.frozen:
+            y = y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * s
+        return y
+
+    def _apply(self, function, recurse=True):
+        self.frozen = [(function(A), function(B), s) for A, B, s in self.frozen]
+        return super()._apply(function, recurse)
+
+
 def scale(r: int, alpha: float, rslora: bool) -> float:
     """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (arXiv 2312.03732)."""
     return alpha / math.sqrt(r) if rslora else alpha / r
@@ -256,7 +270,7 @@ def load(
             raise BadInput(f"{adapter.folder}: made for {name} of shape {(B.shape[0], A.shape[1])}, not {shape}")
     own, here = adapter.metadata.get("base_fingerprint"), getattr(model, "identity", None)
     if own and here and own != here:
-        print(f"minichat: {adapter.folder} was trained over other weights than these", file=sys.stderr)
+        print(f"minichat: warning: {adapter.folder} was trained over other weights than these", file=sys.stderr)
     model.requires_grad_(False)
     config = adapter.config
     rslora = bool(config.get("use_rslora"))
@@ -356,9 +370,77 @@ def rounding(exact: Tensor, rounded: Tensor) -> float:
     return float((rounded.float() @ probe - before).norm() / before.norm().clamp_min(1e-30))
 
 
+@torch.no_grad()
+def freeze(model: nn.Module) -> None:
+    """Make adapters that cannot be merged a part of the model, which another may be attached to or loaded over."""
+    for module in adapted(model).values():
+        frozen = module.lora_A.weight.data, module.lora_B.weight.data, module.lora_scale
+        _take_off(module)
+        if not isinstance(module, Frozen):
+            module.__class__ = type(f"Frozen{type(module).__name__}", (Frozen, type(module)), {})
+            module.frozen = []
+        module.frozen.append(frozen)
+    model.lora = None
+
+
 def remove(model: nn.Module) -> None:
     """Take the adapters off; the base is as it was before attach(), and still frozen."""
     for module in adapted(model).values():
-        del module.lora_A, module.lora_B, module.lora_scale, module.lora_dropout, module.lora_on
-        module.__class__ = type(module).__mro__[2]
+        _take_off(module)
     model.lora = None
+
+
+def _take_off(module: nn.Module) -> None:
+    del module.lora_A, module.lora_B, module.lora_scale, module.lora_dropout, module.lora_on
+    module.__class__ = type(module).__mro__[2]
+
+
+# ---- the command ----
+
+MERGE = """Merge an adapter into its base, or into another one: a folder that transformers opens.
+
+    python -m minichat.lora merge --adapter runs/dpo --out merged             # and every adapter below it
+    python -m minichat.lora merge --adapter runs/dpo --out merged-int4 --int4
+    python -m minichat.lora merge --adapter A --base B --only k_proj,v_proj --force --out merged
+"""
+
+
+def main() -> None:
+    from minichat import cli, weights
+
+    parser = cli.Parser(MERGE, prog="python -m minichat.lora")
+    parser.add_argument("command", choices=["merge"])
+    parser.add_argument("--adapter", required=True, type=cli.source, metavar="FOLDER", help="a run or an adapter")
+    parser.add_argument("--base", type=cli.source, metavar="SOURCE", help="(without it: what it was trained over)")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the new model's folder")
+    parser.add_argument(
+        "--only", metavar="NAMES", help="--base: the adapter's part for these modules, as q_proj,v_proj"
+    )
+    parser.add_argument("--force", action="store_true", help="--base: also if it was trained over another one")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the weights"
+    )
+    cli.quantise_flags(parser)
+    args = parser.parse_args()
+    scheme = cli.scheme(args)
+    adapter = Adapter(weights.resolve(args.adapter))
+    if args.base is None and (args.only or args.force):
+        raise BadInput("--only and --force say how to merge into another base; add --base")
+    source, more = args.adapter, {}
+    if args.base is not None:
+        if not args.force and not weights.is_base(adapter, args.base):
+            raise BadInput(f"{args.adapter} was trained over another base than {args.base}; --force merges it into it")
+        only = args.only and [name.strip() for name in args.only.split(",")]
+        source, more = args.base, {"adapter": args.adapter, "only": only}
+    for used in (adapter.folder, weights.chain(source)[0]):
+        if args.out.resolve() == used.resolve():
+            raise BadInput(f"--out {args.out} is what is merged; choose another folder")
+    model, tokenizer = weights.load_model(source, "cpu", cli.torch_dtype(args.dtype), scheme, **more)
+    weights.save_model(model, tokenizer, args.out)
+    print(f"minichat: done: {args.out}; talk to it: python infer.py --model {args.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    from minichat import cli, lora
+
+    cli.run(lora.main)  # of the module as others import it: one class Adapter, not two

@@ -18,6 +18,16 @@ def show(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+# what a progress bar shows, and as what; metrics.jsonl has everything
+WATCHED = {
+    "loss": "loss",
+    "accuracy": "acc",
+    "margin": "margin",
+    "eval_loss": "eval",
+    "tokens_per_s": "tok/s",
+}
+
+
 class Metrics:
     """Writes one object per logged step to folder/metrics.jsonl and shows it on stderr. A context manager.
 
@@ -29,7 +39,9 @@ class Metrics:
         self.start = time.perf_counter()
         self.steps = steps
         self.what = what
-        self.bar = tqdm(total=steps, desc=what, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        # the numbers are what one watches: a short bar, so that they fit on 80 columns
+        form = "{desc} {n_fmt}/{total_fmt} |{bar:8}| {remaining} left{postfix}"
+        self.bar = tqdm(total=steps, desc=what, bar_format=form, dynamic_ncols=True) if sys.stderr.isatty() else None
 
     def __enter__(self) -> "Metrics":
         return self
@@ -51,7 +63,8 @@ class Metrics:
             self.file.flush()
         shown = {key: _short(value) for key, value in record.items() if key not in ("step", "tokens", "seconds")}
         if self.bar is not None:
-            self.bar.set_postfix(shown, refresh=False)
+            watched = {name: shown[key] for key, name in WATCHED.items() if key in shown}
+            self.bar.set_postfix(watched, refresh=False)
             self.bar.update(record["step"] - self.bar.n)
         else:
             left = seconds / max(1, record["step"]) * (self.steps - record["step"])

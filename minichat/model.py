@@ -48,6 +48,9 @@ class Config:
         if architecture not in ARCHITECTURES:
             raise BadInput(f"architecture {architecture} is not supported; minichat runs {', '.join(ARCHITECTURES)}")
         mistral = architecture == "MistralForCausalLM"
+        wanted = "mistral" if mistral else "llama"
+        if raw.get("model_type", wanted) != wanted:
+            raise BadInput(f"model_type {raw['model_type']!r} is not that of {architecture}, {wanted!r}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or 4
         if not isinstance(rope, dict):
             raise BadInput(f"rope_scaling is {rope!r} in config.json; it must be an object, or null")
@@ -116,6 +119,9 @@ class Config:
         raw = asdict(self)
         architecture = raw.pop("architecture")
         mistral = architecture == "MistralForCausalLM"
+        wanted = "mistral" if mistral else "llama"
+        if raw.get("model_type", wanted) != wanted:
+            raise BadInput(f"model_type {raw['model_type']!r} is not that of {architecture}, {wanted!r}")
         if not mistral:
             raw.pop("sliding_window")
         name = str(dtype).removeprefix("torch.")

@@ -110,12 +110,8 @@ def train(
         raise BadInput(f"{args.model} is quantised: --full trains float weights; train an adapter, without --full")
     if args.full:
         model.requires_grad_(True)
-    elif lora.adapted(model):
-        raise BadInput(
-            f"{args.model} is an adapter over INT4 weights, which stays beside them and takes no second one; "
-            "where its base is float, without --int4 it is merged and trains on"
-        )
     else:
+        lora.freeze(model)  # adapters over INT4 weights stay beside them, and this one goes over them
         targets = [name.strip() for name in args.lora_targets.split(",") if name.strip()]
         lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
     stop_ids, _ = chat.stops(encoder.template, tokenizer)
@@ -156,13 +152,18 @@ def train(
         )
     else:
         metadata = {"base_fingerprint": model.identity}
-        if Path(model.source).is_dir():
-            metadata["base_beside"] = os.path.relpath(model.source, args.out.resolve() / "adapter")
+        base = Path(model.source)
+        if base.name == "adapter" and (base.parent / "metrics.jsonl").exists():
+            base = (
+                base.parent
+            )  # PEFT opens a run's adapter as if it were the model, and then is wrong; a run it refuses
+        if base.is_dir():
+            metadata["base_beside"] = os.path.relpath(base, args.out.resolve() / "adapter")
         if model.scheme is not None:
             metadata["int4"] = str(model.scheme)
         with files.staged(args.out / "adapter", last=lora.CONFIG) as new:
             tokenizer.save(new, encoder.template, stop_ids)
-            lora.save(model, new, base=model.source, metadata=metadata)
+            lora.save(model, new, base=str(base), metadata=metadata)
     cli.end_run(args)
     draw(args.out)
     say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")

@@ -173,6 +173,8 @@ def parse(value: object) -> dict | BadInput:
     if isinstance(value, bytes):
         try:
             value = json.loads(value)
+        except json.JSONDecodeError as error:  # its own line number would be that inside the record's line
+            return BadInput(f"not JSON: {error.msg} at character {error.pos + 1}; one object a line")
         except (ValueError, RecursionError) as error:
             return BadInput(f"not JSON: {str(error)[:200]}")
     return value if isinstance(value, dict) else BadInput(f"a {type(value).__name__}, not an object")

@@ -95,6 +95,15 @@ def load(source: sources.Source, encoder: Sft | Dpo, strict: bool = False) -> tu
     Raises BadInput if there is nothing to learn from, at the first bad record if `strict`, and if the cache's folder
     cannot be written.
     """
+    try:
+        return _load(source, encoder, strict)
+    except BadInput as error:
+        if source.name in str(error) or any(str(file) in str(error) for file in source.files):
+            raise
+        raise BadInput(f"{source.name}: {error}") from None
+
+
+def _load(source: sources.Source, encoder: Sft | Dpo, strict: bool) -> tuple[Items, Report]:
     names = [str(file) for file in source.files]
     size = sum(file.stat().st_size for file in source.files)
     if size < LARGE:

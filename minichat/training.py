@@ -130,13 +130,14 @@ def fit(
     total = count_steps(items, settings)
     optimizer = optim.AdamW(model, settings.betas, settings.eps, settings.weight_decay)
     torch.manual_seed(settings.seed)
+    warmup = 0 if settings.warmup * total < 1 else settings.warmup  # its one step, at rate 0, would be the run
     model.train()
     pending: list[tuple[int, dict[str, Tensor], int, list[str]]] = []  # steps whose numbers nobody has read yet
     tokens, logged_tokens, last = 0, 0, {}
     start = time.perf_counter()
     for step, batches in zip(range(total), steps(items, settings, method, where)):
         weight = sum(batch.weight for batch in batches)
-        lr = optim.lr_at(step, total, settings.lr, settings.schedule, settings.warmup)
+        lr = optim.lr_at(step, total, settings.lr, settings.schedule, warmup)
         sums: dict[str, Tensor] = {}
         for batch in batches:
             found = method.objective(model, on(where, batch.tensors))

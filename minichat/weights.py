@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +14,19 @@ from minichat import device as devices
 from minichat import int4 as quant
 from minichat.errors import BadInput
 from minichat.files import read_json, staged, write_json, write_tensors
-from minichat.lora import CONFIG, WEIGHTS, Adapter, adapted, fingerprint, load, rounding, say_merged_over
+from minichat.lora import (
+    CONFIG,
+    WEIGHTS,
+    Adapter,
+    Frozen,
+    adapted,
+    fingerprint,
+    freeze,
+    load,
+    rounding,
+    say_merged_over,
+)
+from minichat.metrics import show
 from minichat.model import Config, Mistral
 from minichat.tokenizer import FILES as TOKENIZER_FILES
 from minichat.tokenizer import Tokenizer
@@ -41,6 +53,8 @@ def resolve(source: str | Path) -> Path:
         for inner in (folder, folder / "model", folder / "adapter"):
             if (inner / CONFIG).exists() or _describes_model(inner / "config.json"):
                 return inner
+        if (folder / "metrics.jsonl").exists():
+            raise BadInput(f"{folder} is a run that did not finish: it holds neither model/ nor adapter/")
         raise BadInput(f"{folder}: holds neither config.json of a model nor {CONFIG} of an adapter")
     if folder.exists():
         raise BadInput(f"{folder} is a file; --model takes a folder in Hugging Face format, or a hub id")
@@ -69,7 +83,7 @@ def _download(repo: str, revision: str | None) -> Path:
     try:
         at = snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns="consolidated*")
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = textwrap.shorten(str(error), 300, placeholder=" …")
         raise BadInput(f"{repo}: no such folder here, and the hub gave none: {why}") from None
     if not any(Path(at).glob("*.safetensors")):
         how = TO_SAFETENSORS.replace("MODEL", repo).replace("FOLDER", repo.split("/")[1])
@@ -110,6 +124,15 @@ def check_base(adapter: Adapter, base: Path) -> None:
             f"{adapter.folder} was trained over other weights than {base} holds now; train it again, "
             f"or apply it knowingly: --model {base} --adapter {adapter.folder}"
         )
+
+
+def is_base(adapter: Adapter, source: str) -> bool:
+    """Whether the adapter was trained over `source`: by its fingerprint, or where it has none, by its base's name."""
+    folder = resolve(source)
+    if trained_over := adapter.metadata.get("base_fingerprint"):
+        return trained_over == identity(folder)
+    named = adapter.config.get("base_model_name_or_path") or ""
+    return named == source or Path(named).is_dir() and Path(named).resolve() == folder.resolve()
 
 
 def identity(folder: Path) -> str:
@@ -189,23 +212,24 @@ def load_model(
     dtype: torch.dtype | None = None,
     int4: bool | quant.Scheme = False,
     adapter: str | Path | None = None,
+    only: Sequence[str] | None = None,
 ) -> tuple[Mistral, Tokenizer]:
     """A model and its tokenizer from a folder in Hugging Face format, an adapter or run folder, or a hub id.
 
     device: None is the best there is. dtype of what is not quantised: None is bf16 on CUDA and HPU, fp32 on the CPU.
     int4: quantise the decoder's linears as they are read (True: the default Scheme). A folder that is quantised
-    already loads as it is. Adapters are merged tensor by tensor, in float32 and rounded once; one that was trained
-    over the same INT4 base stays beside it. adapter: one more, over whatever `source` is.
+    already loads as it is. Adapters are merged tensor by tensor, in float32 and rounded once; those that were trained
+    over the same INT4 base stay beside it. adapter: one more, over whatever `source` is; only: of these modules.
     Host memory peaks at the model plus one tensor. Raises BadInput.
     """
     where = devices.pick(device)
     dtype = dtype or devices.default_dtype(where)
     folder, adapters = chain(source)
     if adapter is not None:
-        adapters.append(Adapter(resolve(adapter)))
+        adapters.append(Adapter(resolve(adapter)).only(only))
         own = adapters[-1].metadata.get("base_fingerprint")
         if own and own != identity(resolve(source)):
-            print(f"minichat: {adapter} was trained over other weights than {source}", file=sys.stderr)
+            show(f"minichat: warning: {adapter} was trained over other weights than {source}")
     config = read_config(folder)
     packed = read_scheme(folder)
     if packed and int4 not in (False, True) and int4 != packed:
@@ -223,6 +247,7 @@ def load_model(
     merged = [a for a in adapters if a not in unmerged]
     _fill(model, Shards(folder), where, dtype, packed, scheme, merged)
     for extra in unmerged:
+        freeze(model)
         load(model, extra)
     model.source = str(resolve(source).resolve()) if Path(source).expanduser().is_dir() else str(source)
     model.identity = identity(resolve(source))
@@ -230,15 +255,15 @@ def load_model(
 
 
 def _trained_over_int4(adapters: list[Adapter], scheme) -> list[Adapter]:
-    """The last adapter, if it was trained over exactly this INT4 base: then it is used beside it, unmerged."""
-    for adapter in adapters:
-        over = adapter.metadata.get("int4")
-        if over and scheme is not None and over == str(scheme) and adapter is adapters[-1]:
-            return [adapter]
-        if over:
+    """The last adapters that were trained over exactly this INT4 base: they are used beside it, unmerged."""
+    first = len(adapters)
+    while first and scheme is not None and adapters[first - 1].metadata.get("int4") == str(scheme):
+        first -= 1
+    for adapter in adapters[:first]:
+        if over := adapter.metadata.get("int4"):
             now = "float weights" if scheme is None else f"INT4 weights of {scheme}"
             say_merged_over(f"{adapter.folder} was trained over INT4 weights ({over}) and is merged into {now}")
-    return []
+    return adapters[first:]
 
 
 @torch.no_grad()
@@ -305,8 +330,10 @@ def _fill(model: Mistral, shards: Shards, where, dtype, packed, scheme, adapters
         raise BadInput(f"{shards.folder / shards.files[name]}: tensor {name} is not one of this architecture's{rest}")
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    for adapter in adapters:
-        print(f"minichat: merged {adapter.folder}; rounding moves outputs by at most {worst:.1e}", file=sys.stderr)
+    if adapters:
+        merged = ", ".join(str(adapter.folder) for adapter in adapters)
+        moved = f"; rounding moves outputs by at most {worst:.1e}" if worst else ""
+        show(f"minichat: merged {merged}{moved}")
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -333,8 +360,11 @@ def save_model(
     pack-quantized format. What the folder held before is replaced when all files are written, so one that fails
     leaves it as it was. Raises BadInput if an adapter is attached and not merged, or if a file cannot be written.
     """
-    if adapted(model):
-        raise BadInput("the model has an unmerged adapter: lora.merge(model) first, or lora.save(model, folder)")
+    if adapted(model) or any(isinstance(module, Frozen) for module in model.modules()):
+        raise BadInput(
+            "the model has an unmerged adapter: lora.merge(model) first, or lora.save(model, folder); over INT4: "
+            "merge it into the float ones, python -m minichat.lora merge --help"
+        )
     shards: list[list[str]] = [[]]
     size = 0
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in _tensors(model, dtype, meta=True)}

@@ -36,9 +36,12 @@ HEAVY = {
 
 
 def imports(file: Path) -> set[str]:
-    """The modules of minichat that a file imports, anywhere in it."""
+    """The modules of minichat that a file imports, anywhere in it but in its command: main() is a script of its own."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text())
+    is_command = lambda node: getattr(node, "name", "") == "main" or isinstance(node, ast.If)  # noqa: E731
+    library = [inside for node in tree.body if not is_command(node) for inside in ast.walk(node)]
+    for node in library:
         if isinstance(node, ast.ImportFrom) and node.module == "minichat":
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("minichat."):

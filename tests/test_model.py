@@ -278,6 +278,7 @@ BAD = {
     "eps": {"rms_norm_eps": 0},
     "rope in a word": {"rope_scaling": "linear"},
     "architecture a number": {"architectures": 7},
+    "another model_type": {"model_type": "gemma"},
     "eos in words": {"eos_token_id": "2"},
     "one eos in words": {"eos_token_id": [2, "x"]},
     "several bos": {"bos_token_id": [1, 2]},

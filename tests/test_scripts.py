@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import runpy
 import select
@@ -46,8 +47,8 @@ def run(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            if script == "evaluate":
-                cli.run(evaluate.main)
+            if script in ("evaluate", "lora"):
+                cli.run({"evaluate": evaluate, "lora": lora}[script].main)
             else:
                 runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as error:
@@ -248,7 +249,7 @@ def test_flags_reach_the_loop(run, files, tmp_path, monkeypatch, script):
 
     method, expected = METHODS[script]
     spy(weights, "load_model"), spy(lora, "attach"), spy(training, "fit", stop)
-    spy(examples, next(iter(expected))), spy(training, [*expected][1])
+    spy(store, "load"), spy(training, [*expected][1])
     tokenizer = Tokenizer(cli.BASE)
     shape = dict(vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128, max_position_embeddings=512)
     minichat.save(make(**shape, head_dim=16), tokenizer, tmp_path / "model")
@@ -266,11 +267,14 @@ def test_flags_reach_the_loop(run, files, tmp_path, monkeypatch, script):
     assert model.model.gradient_checkpointing and len(seen["fit"]["eval_items"]) == len(seen["fit"]["items"]) == 24
     wanted = dict(r=4, alpha=9, dropout=0.25, targets=["q_proj", "v_proj"], rslora=True, seed=7)
     assert attached["model"] is model and {key: attached[key] for key in wanted} == wanted
-    loaded = dict(source="model", device="cpu", dtype=torch.bfloat16, int4=Scheme(8, 64, symmetric=False), adapter=None)
+    loaded = dict(source="model", device="cpu", dtype=torch.bfloat16, int4=Scheme(8, 64, symmetric=False), adapter=None,
+                  only=None)  # fmt: skip
     assert seen["load_model"] == loaded and model.scheme == loaded["int4"] and model.dtype == torch.bfloat16
-    for name, arguments in expected.items():
-        assert {key: seen[name][key] for key in arguments} == arguments
-    assert seen[next(iter(expected))]["template"] == chat.template_text("zephyr", tokenizer)
+    (kind, encoded), (name, arguments) = expected.items()
+    encoder = seen["load"]["encoder"]
+    assert type(encoder).__name__ == kind and {key: getattr(encoder, key) for key in encoded} == encoded
+    assert encoder.template == chat.template_text("zephyr", tokenizer)
+    assert {key: seen[name][key] for key in arguments} == arguments
     kept = json.loads(Path("out/config.json").read_text())["flags"]
     assert {key: kept[key] for key in SETTINGS} == {**SETTINGS, "betas": [*SETTINGS["betas"]]}
 
@@ -301,18 +305,99 @@ def test_full_training_from_a_config_then_full_dpo(done, base, files):
 
 
 def test_training_over_int4(done, run, base, files):
-    """Loaded with the same flag it is what was trained, and takes no second adapter; without, it is merged."""
+    """Loaded with the same flag it is what was trained, also with another adapter over it; without, it is merged."""
     done("train.py", "--model", base, "--int4", "--data", files["sft"], "--out", "q", *SHORT)
     code, _, err = run("infer.py", "--model", "q", "--int4", "--prompt", "add 2", "--max-new-tokens", 4)
     assert code == 0 and "was trained over INT4" not in err
     again = ("--data", files["pairs"], *SHORT, *PAIRS)
-    code, _, err = run("dpo.py", "--model", "q", "--int4", "--out", "r", *again)
-    assert code == 2 and "without --int4" in err and not Path("r").exists()
-    code, _, err = run("dpo.py", "--model", "q", "--out", "r", *again)
+    code, _, err = run("dpo.py", "--model", "q", "--int4", "--out", "r", "--lr", 0.01, *again)
+    assert code == 0 and "was trained over INT4" not in err
+    assert records("r")[0]["loss"] == pytest.approx(LN2, abs=1e-5)  # the reference is the first adapter's model
+    plain, (both, _) = minichat.load(base, int4=True)[0], minichat.load("r", int4=True)
+    for name, module in both.named_modules():  # base and both adapters, each by its file
+        if hasattr(module, "in_features") and "lora_" not in name and name != "lm_head":
+            x = torch.randn(3, module.in_features)
+            expected = plain.get_submodule(name)(x)
+            for folder in ("q", "r"):
+                A, B, scale = lora.Adapter(weights.resolve(folder)).pairs[name]
+                expected = expected + scale * x @ A.T @ B.T
+            torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(BadInput, match="unmerged adapter"):
+        minichat.save(both, Tokenizer(base), "no")
+    lora.freeze(both)
+    with pytest.raises(BadInput, match="unmerged adapter"):
+        minichat.save(both, Tokenizer(base), "no")
+    code, _, err = run("dpo.py", "--model", "q", "--out", "s", *again)
     assert code == 0 and err.count("was trained over INT4") == 1
     minichat.save(*minichat.load(base, int4=True), "packed")
-    code, _, err = run("train.py", "--model", "packed", "--full", "--data", files["sft"], "--out", "s", *SHORT)
-    assert code == 2 and "quantised" in err and not Path("s").exists()
+    code, _, err = run("train.py", "--model", "packed", "--full", "--data", files["sft"], "--out", "t", *SHORT)
+    assert code == 2 and "quantised" in err and not Path("t").exists()
+
+
+def test_merging_on_the_command_line(done, run, base, files):
+    """A chain of adapters becomes a folder that transformers opens; another base wants --force; parts of an adapter."""
+    transformers = pytest.importorskip("transformers")
+    done("train.py", "--model", base, "--data", files["sft"], "--out", "q", "--lr", 0.01, *SHORT)
+    done("dpo.py", "--model", "q", "--data", files["pairs"], "--out", "r", "--lr", 0.01, *SHORT, *PAIRS)
+    done("lora", "merge", "--adapter", "r", "--out", "whole", "--dtype", "float32")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    expected = minichat.load("r")[0](ids)
+    assert (expected - minichat.load(base)[0](ids)).abs().max() > 1e-2
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("whole", dtype=torch.float32)
+    torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    done("lora", "merge", "--adapter", "r", "--out", "packed", "--int4", "--dtype", "float32")
+    torch.testing.assert_close(minichat.load("packed")[0](ids), minichat.load("r", int4=True)[0](ids))
+    done("lora", "merge", "--adapter", "r", "--out", "half")
+    assert minichat.load("half")[0].state_dict().keys() == theirs.state_dict().keys()
+    assert load_file("half/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+    other = ("lora", "merge", "--adapter", "r", "--base", base, "--out", "other", "--dtype", "float32")
+    assert "another base" in error_of(run(*other)) and not Path("other").exists()
+    done(*other, "--force", "--only", "k_proj,v_proj")
+    model, _ = minichat.load(base)
+    lora.merge(lora.load(model, "r/adapter", only=["k_proj", "v_proj"]))
+    torch.testing.assert_close(minichat.load("other")[0](ids), model(ids))
+    done("lora", "merge", "--adapter", "r", "--base", "q", "--out", "again", "--dtype", "float32")  # its own
+    torch.testing.assert_close(minichat.load("again")[0](ids), expected)
+    for flags, part in (
+        (("--adapter", "r", "--out", base), "what is merged"),
+        (("--adapter", base, "--out", "n"), "adapter_config.json"),
+        (("--adapter", "none", "--out", "n"), "none"),
+        (("--adapter", "r", "--out", "n", "--only", "k_proj"), "--base"),
+        (("--adapter", "r", "--out", "n", "--base", "q", "--only", "key"), "'key'"),
+        (("--adapter", "r", "--out", "n", "--group-size", 64), "--int4"),
+    ):
+        assert part in error_of(run("lora", "merge", *flags)) and not Path("n").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about its own names
+def test_peft_does_not_take_the_second_adapter_for_one_over_the_base(done, base, files):
+    """It would open the first one as if it were the model and leave it out: it must say no, or be right."""
+    peft = pytest.importorskip("peft")
+    done("train.py", "--model", base, "--data", files["sft"], "--out", "q", "--lr", 0.01, *SHORT)
+    done("dpo.py", "--model", "q", "--data", files["pairs"], "--out", "r", "--lr", 0.01, *SHORT, *PAIRS)
+    with pytest.raises((ValueError, OSError)):
+        peft.AutoPeftModelForCausalLM.from_pretrained("r/adapter")
+    first = peft.AutoPeftModelForCausalLM.from_pretrained("q/adapter", dtype=torch.float32)
+    second = peft.PeftModel.from_pretrained(first.merge_and_unload(), "r/adapter")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    torch.testing.assert_close(second(ids).logits, minichat.load("r")[0](ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_of_one_step_learns(done, base, files):
+    """A warm-up that is a share of less than a step would be that step, at rate 0."""
+    done("train.py", "--model", base, "--data", files["sft"], "--out", "q", "--steps", 1, "--max-length", 256)
+    assert records("q")[0]["lr"] == 1e-4
+    assert all(B.abs().max() > 0 for _, B, _ in lora.Adapter(Path("q/adapter")).pairs.values())
+
+
+def test_without_torch_one_line_says_what_to_do(run, base, monkeypatch):
+    monkeypatch.setattr(weights, "load_model", raiser(ModuleNotFoundError("No module named 'torch'", name="torch")))
+    error = error_of(run("infer.py", "--model", base, "--prompt", "x"))
+    assert "no module 'torch'" in error and ".venv/bin/activate" in error
+    monkeypatch.setattr(weights, "load_model", raiser(ModuleNotFoundError("No module named 'mine'", name="mine")))
+    with pytest.raises(ModuleNotFoundError):
+        run("infer.py", "--model", base, "--prompt", "x")
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(done, run, base, files):
@@ -501,13 +586,18 @@ def test_a_reader_that_has_gone_does_not_stop_a_run(base, files, tmp_path):
     assert done.returncode == 0 and (tmp_path / "a/adapter").exists()
 
 
-def test_an_unfinished_run_is_not_the_default(monkeypatch, tmp_path):
+def test_an_unfinished_run_is_not_the_default(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in ("sft/adapter", "dpo"):
         (Path("runs") / folder).mkdir(parents=True)
     Path("runs/dpo/config.json").write_text('{"minichat": "0"}')
     Path("runs/sft/adapter/adapter_config.json").write_text("{}")
+    assert cli.default_model("dpo", "sft") == Path("runs/sft") and not capsys.readouterr().err
+    Path("runs/dpo/metrics.jsonl").touch()
     assert cli.default_model("dpo", "sft") == Path("runs/sft")
+    assert "runs/dpo did not finish" in capsys.readouterr().err
+    with pytest.raises(BadInput, match="runs/dpo is a run that did not finish"):
+        minichat.load("runs/dpo")
     shutil.rmtree("runs")
     assert cli.default_model("dpo", "sft") == cli.BASE
 
@@ -538,7 +628,7 @@ def test_answers_from_flags_a_file_and_a_pipe(done, base):
     assert len(lines) == 3
 
 
-def test_stop_and_system_and_sampling(done, endless):
+def test_stop_and_system_and_sampling(done, run, endless):
     common = ("infer.py", "--model", endless, "--max-new-tokens", 40, "--prompt", "add 1 and 2", "--json")
     free = json.loads(done(*common))
     assert free["finish"] == "length" and free["new_tokens"] == 40
@@ -549,6 +639,10 @@ def test_stop_and_system_and_sampling(done, endless):
     assert json.loads(done(*common, "--system", "Be brief."))["prompt_tokens"] != free["prompt_tokens"]
     drawn = [json.loads(done(*common, "--temperature", 1, "--seed", seed))["answer"] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+    code, out, err = run(*common, "--temperature", 1)  # another seed every time, and told
+    seed = int(re.search(r"--seed (\d+)", err)[1])
+    answer = json.loads(out)["answer"]
+    assert answer not in drawn and json.loads(done(*common, "--temperature", 1, "--seed", seed))["answer"] == answer
 
 
 def test_evaluate_is_the_answers_score(done, base, files):
@@ -865,8 +959,8 @@ def test_conversation_in_a_terminal(base, endless, tmp_path):
         first, again = asked("add 1 and 2\n"), asked("add 1 and 2\n")
         assert first != again  # the same words, but after a history
         assert "UTF-8" in asked(b"\xff\xfe\n")
-        assert asked("/new\nadd 1 and 2\n")[-9:] == "1 and 2\r\n"  # the echo of the second line
-        assert first in talk.until("first token")
+        assert "forgotten" in asked("/new\n") and "/exit" in asked("/help\n")
+        assert asked("add 1 and 2\n") == first
         asked("9 " * 600 + "\n")  # forgets the history, and does not fit even so
         talk.until("error: the prompt has")
         talk.until("you> ")
@@ -882,7 +976,10 @@ def test_conversation_in_a_terminal(base, endless, tmp_path):
         talk.until("(stopped)")
         talk.until("you> ")
         time.sleep(1)  # Python misses a signal between its prompt and its read; nobody types that fast
-        talk.type("\x03")
+        talk.type("half a line\x03")
+        talk.until("ends the conversation")
+        talk.until("you> ")
+        talk.type("/exit\n")
         assert talk.process.wait(30) == 0
 
 
