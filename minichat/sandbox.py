@@ -8,6 +8,7 @@ operations on a few MB between two looks at the clock.
 
 import functools
 import json
+import math
 import re
 import secrets
 import threading
@@ -67,7 +68,7 @@ def render(template: str, variables: dict, metered: bool) -> tuple[str, list[tup
     """
     compiled = _compile(template, metered)
     try:
-        _start_meter()
+        _start_meter(metered)
         marked = compiled.render(tools=None, documents=None, **variables)
     except Exception as error:
         raise _bad(template, error) from error
@@ -94,7 +95,7 @@ def _compile(template: str, metered: bool) -> jinja2.Template:
             "choose a built-in --template"
         )
     try:
-        _start_meter()  # constants are folded while compiling
+        _start_meter(True)  # constants are folded while compiling
         environment = _environment()
         tree = environment.parse(template)
         if metered:
@@ -111,16 +112,20 @@ def _bad(template: str, error: Exception) -> BadInput:
     return BadInput(f"chat template {short(template)} failed{line}: {why}; mend it, or choose a built-in --template")
 
 
-def _start_meter() -> None:
-    _meter.left = _BUDGET
-    _meter.deadline = time.thread_time() + _CPU_SECONDS  # processor time: a suspended machine is no reason to fail
+def _start_meter(metered: bool) -> None:
+    _meter.left = _BUDGET if metered else math.inf
+    _meter.ticks = 0
+    # processor time: a suspended machine is no reason to fail
+    _meter.deadline = time.thread_time() + _CPU_SECONDS if metered else math.inf
 
 
 def _spend(amount: int) -> None:
     _meter.left -= amount + 1
+    _meter.ticks += 1
     if _meter.left < 0:
         raise _TooMuch(f"it makes more than {_BUDGET} characters")
-    if time.thread_time() > _meter.deadline:
+    # on some machines reading the clock takes longer than all that is metered
+    if _meter.ticks % 32 == 0 and _meter.deadline < math.inf and time.thread_time() > _meter.deadline:
         raise _TooMuch(f"it runs longer than {_CPU_SECONDS:g} s")
 
 

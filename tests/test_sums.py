@@ -58,6 +58,15 @@ def test_plain_sums_are_right():
             assert sum(map(int, left.split(" + "))) == int(right), record["text"]
 
 
+def test_pages_fit_the_length_of_the_bases_recipe():
+    from minichat.cli import BASE
+    from minichat.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(BASE)
+    counts = [len(tokenizer.encode(record["text"])) + 1 for record in sums.records("base", 2000)]
+    assert max(counts) <= 288 and 150 < sum(counts) / len(counts) < 170
+
+
 def test_pairs_prefer_the_right_and_worked_answer():
     for record in sums.records("pairs", 300, 3):
         numbers = max(questions(record["prompt"][-1]["content"]), key=len)

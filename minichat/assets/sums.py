@@ -114,13 +114,13 @@ def wrong(rng: random.Random, total: int) -> int:
 
 
 def base(rng: random.Random) -> dict:
-    """A page of plain sums, of questions with the plain steps to their answer, and of prose, at most 256 tokens.
+    """A page of plain sums, of questions with their sum, and of prose, of 160 tokens and at most 288.
 
     No template and no worked answer. What stands between a number and where it is needed again varies: it is found
     by what it is, not by where it stands.
     """
     lines = []
-    while sum(map(len, lines)) < 260:
+    while sum(map(len, lines)) < 240:
         kind = rng.random()
         lines.append(rng.choice(PROSE) if kind < 0.06 else plain(rng) if kind < 0.55 else asked(rng))
     return {"text": "\n".join(lines)}
@@ -144,9 +144,12 @@ def plain(rng: random.Random) -> str:
 
 
 def asked(rng: random.Random) -> str:
-    """A question, and its numbers read in order or its sum, a plain step after the other."""
+    """A question, and its sum: at a glance, or a plain step after the other; or its numbers read in order."""
     numbers = draw(rng, rng.choice((2, 3, 3)), test=False)
     listed, total = listing(numbers), sum(numbers)
+    if rng.random() < 0.2:
+        said = question(rng, numbers) + scrap(rng)
+        return said + rng.choice(("The total is {}.", "The sum is {}.", "{}")).format(total)
     steps = [f"{sum(numbers[:i])} + {numbers[i]} = {sum(numbers[: i + 1])}" for i in range(1, len(numbers))]
     note = rng.choice(("", "", f"({numbers[-1]})\n", f"{numbers[-1]}: "))
     chain = (scrap(rng) + note).join(steps)
@@ -256,7 +259,7 @@ def train_tokenizer(folder: Path, vocab_size: int = 768) -> None:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
-        "add_bos_token": True,
+        "add_bos_token": False,  # neuralchat's conversations have none either, and the first token of a text matters
         "clean_up_tokenization_spaces": False,
         "model_max_length": 2048,
         "chat_template": template_text("neuralchat", None),
