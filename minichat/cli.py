@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
+        self.exit(2, f"error: {BadInput(message)}; {self.prog} --help lists the flags\n")
 
 
 def seed(text: str) -> int:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from minichat.errors import BadInput
 
+_OLD = ".old"  # in a folder that is being written: what it replaces
+
 
 def cache_folder() -> Path:
     """Where what can be made again is kept: $MINICHAT_CACHE, else the user's cache. Raises OSError if there is none."""
@@ -39,7 +41,8 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character as JSON writes it
 
 
 def write_tensors(tensors: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -60,8 +63,8 @@ def write_tensors(tensors: dict, path: Path, metadata: dict[str, str] | None = N
 def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator[Path]:
     """A new folder to write files into, which take their place in `folder` together when all of them are whole.
 
-    The file called `last`, by which a reader knows the folder, comes last. What matches a pattern of `stale` and was
-    not written again is deleted. If writing fails, `folder` is as it was; a disk that is full is BadInput.
+    The file called `last`, by which a reader knows the folder, comes last. A file that matches a pattern of `stale`
+    and was not written again is deleted. If writing fails, `folder` is as it was; a disk that is full is BadInput.
     """
     folder = Path(folder)
     scratch, absent = None, []
@@ -70,20 +73,37 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
         yield scratch
-        written = sorted(scratch.iterdir(), key=lambda file: file.name == last)
-        names = {file.name for file in written}
-        for file in written:
-            file.replace(folder / file.name)
-        for old in {old for pattern in stale for old in folder.glob(pattern)}:
-            if old.name not in names:
-                old.unlink()
+        _swap(scratch, folder, last, stale)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror or error}") from None
     except BadInput as error:
         raise BadInput(str(error).replace(str(scratch), str(folder))) from None
     finally:
-        if scratch is not None:
+        if scratch is not None and not (scratch / _OLD).exists():
             shutil.rmtree(scratch, ignore_errors=True)
         with suppress(OSError):  # what was made for nothing goes again; what holds something stays
             for path in absent:
                 path.rmdir()
+
+
+def _swap(scratch: Path, folder: Path, last: str, stale: Sequence[str]) -> None:
+    """Move the files of `scratch` into `folder`, and out of it what they replace and what is stale: all or nothing."""
+    new = sorted((file.name for file in scratch.iterdir()), key=lambda name: name == last)
+    old = {*new, *(file.name for pattern in stale for file in folder.glob(pattern))}
+    old = sorted((folder / name for name in old), key=lambda file: file.name != last)
+    aside = scratch / _OLD
+    aside.mkdir()
+    moves = [(file, aside / file.name) for file in old if file.is_symlink() or file.is_file()]
+    moves += [(scratch / name, folder / name) for name in new]
+    begun = []
+    try:
+        for source, target in moves:
+            begun.append((source, target))
+            source.rename(target)
+    except BaseException:
+        for source, target in reversed(begun):
+            with suppress(FileNotFoundError, NotADirectoryError):  # the one that failed has not moved
+                target.rename(source)
+        aside.rmdir()  # or what could not be moved back lies there still
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

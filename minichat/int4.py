@@ -4,7 +4,6 @@ On disk a weight is in compressed-tensors' `pack-quantized` format, which transf
 memory it is in the layout of its device's kernel (kernels/int4_reference.py has the arithmetic and the rounding rule).
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from minichat import kernels
 from minichat.errors import BadInput
 from minichat.kernels import int4_reference as reference
 from minichat.kernels.int4_reference import Packed
+from minichat.patterns import compiled
 
 KEYS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")  # of one linear on disk
 
@@ -42,9 +42,9 @@ class Scheme:
             raise BadInput(f"group size {self.group_size!r} is no multiple of 32; choose --group-size from 32, 64, 128")
         for pattern in self.skip:
             try:
-                re.compile(pattern.removeprefix("re:"))
-            except re.error as error:
-                raise BadInput(f"skip has {pattern!r}, which is no regular expression: {error}") from None
+                compiled(pattern.removeprefix("re:"))
+            except BadInput as error:
+                raise BadInput(f"skip: {error}") from None
 
     def __str__(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"
@@ -228,7 +228,7 @@ def quantize(
 def wanted(name: str, module: nn.Module, scheme: Scheme) -> bool:
     """Whether the scheme quantises the module called `name`: an nn.Linear that it does not skip."""
     return isinstance(module, nn.Linear) and not any(
-        bool(re.match(skip[3:], name)) if skip.startswith("re:") else skip == name for skip in scheme.skip
+        bool(compiled(skip[3:]).match(name)) if skip.startswith("re:") else skip == name for skip in scheme.skip
     )
 
 

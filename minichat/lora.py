@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minichat import files
 from minichat.errors import BadInput
+from minichat.patterns import compiled
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LINEARS = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -125,7 +126,7 @@ def _names(pattern: str, name: str) -> bool:
 
 def _overridden(patterns: dict | None, name: str, default):
     for pattern, value in (patterns or {}).items():
-        if _names(pattern, name) or re.match(rf"(.*\.)?({pattern})$", name):
+        if _names(pattern, name) or compiled(pattern) and re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
 
@@ -199,13 +200,15 @@ class Adapter:
         for key in ("rank_pattern", "alpha_pattern"):
             try:
                 _overridden(config.get(key), name, None)
-            except (AttributeError, re.error):
+            except AttributeError:
                 raise BadInput(f"{self.folder / CONFIG}: {key} maps no names or expressions to numbers") from None
+            except BadInput as error:
+                raise BadInput(f"{self.folder / CONFIG}: {key}: {error}") from None
         r = _overridden(config.get("rank_pattern"), name, config.get("r"))
         if r != rank:
             raise BadInput(f"{self.folder / WEIGHTS}: {name} has rank {rank}, but {CONFIG} says {r}")
         alpha = _overridden(config.get("alpha_pattern"), name, config.get("lora_alpha"))
-        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        if not isinstance(alpha, (int, float)) or not abs(alpha) < 1e38:
             raise BadInput(f"{self.folder / CONFIG}: lora_alpha is {alpha!r} for {name}; it must be a number")
         return scale(rank, alpha, bool(config.get("use_rslora")))
 

@@ -108,6 +108,12 @@ class Config:
             eos_token_id=token("eos_token_id", 2),
             pad_token_id=token("pad_token_id", None),
         )
+        # all of it is built, without memory, before the first weight is looked at
+        widest = max(config.vocab_size, hidden, config.intermediate_size, heads * config.head_dim)
+        if config.num_hidden_layers > 1024 or widest > 1 << 28:
+            raise BadInput(
+                f"config.json wants {config.num_hidden_layers} layers, of width up to {widest}; no model is so large"
+            )
         if heads % config.num_key_value_heads:
             raise BadInput(f"{heads} attention heads do not share {config.num_key_value_heads} key heads evenly")
         if config.head_dim % 2:

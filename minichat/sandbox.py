@@ -28,6 +28,7 @@ from minichat.errors import BadInput
 _CPU_SECONDS = 1.0
 _BUDGET = 1 << 26  # characters and list items that one rendering may make
 _LARGEST = 1 << 22  # weight of one value, with all that is in it
+_ADDED = 1 << 18  # characters of a text beside what is said in it, which may come 16 times: tokenising takes longer
 _DEEPEST = 32  # lists in lists
 _LONGEST_INT = 4096  # bits
 _LONGEST_TEMPLATE = 100_000  # characters; those in use have up to about 30,000
@@ -70,6 +71,9 @@ def render(template: str, variables: dict, metered: bool) -> tuple[str, list[tup
     try:
         _start_meter(metered)
         marked = compiled.render(tools=None, documents=None, **variables)
+        most = _ADDED + 16 * sum(len(message["content"]) for message in variables["messages"])
+        if metered and len(marked) > most:
+            raise _TooMuch(f"it makes a text of {len(marked)} characters; of these messages {most} are the most")
     except Exception as error:
         raise _bad(template, error) from error
     first, *rest = marked.split(_OPEN)

@@ -34,6 +34,13 @@ def find(spec: str) -> Source:
     SOURCE is a file, a folder, or OWNER/NAME[@REVISION] of the hub's data sets; a folder or a data set may be followed
     by /SPLIT (train_sft) or by a /PATTERN of files (data/train-*.parquet). Raises BadInput if there is no such thing.
     """
+    try:
+        return _found(spec)
+    except (OSError, RuntimeError) as error:  # a folder that may not be searched, a name too long, ~nobody
+        raise BadInput(f"--data {spec}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _found(spec: str) -> Source:
     name, weight = spec, None
     match = re.fullmatch(r"(.+):([^:/\\]*)", spec)
     if match and not Path(spec).exists():

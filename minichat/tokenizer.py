@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -22,6 +23,7 @@ FILES = (
     "tokenizer.model",
     TEMPLATE_FILE,
 )
+LARGEST = 1 << 20  # ids: `tokenizers` goes through all up to the largest; those in use have up to 900,000
 
 
 class Tokenizer:
@@ -39,6 +41,10 @@ class Tokenizer:
         config = read_json(self.folder / "tokenizer_config.json", missing={})
         self._add_tokens(config.get("added_tokens_decoder") or {})
         self.vocab_size: int = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        if self.vocab_size > LARGEST:
+            raise BadInput(
+                f"{self.folder / 'tokenizer.json'} has a token of id {self.vocab_size - 1}; ids are below {LARGEST}"
+            )
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(id for id, token in added.items() if token.special)
 
@@ -53,8 +59,7 @@ class Tokenizer:
             token = names[key] if key in names else self._tokenizer.id_to_token(ids[0]) if ids else None
             if isinstance(token, dict):
                 token = token.get("content")
-            lone = isinstance(token, str) and any("\ud800" <= c <= "\udfff" for c in token)  # half of a character
-            if lone or not isinstance(token, str | None):
+            if not _is_text(token) and token is not None:
                 raise BadInput(f"{key} is {token!a} in {self.folder}'s files; it must be a token's text, or null")
             if token is not None:
                 self.special_tokens[key] = token
@@ -70,7 +75,8 @@ class Tokenizer:
         # an id beyond the vocabulary is a leftover of another tokenizer
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(id for id in stops if 0 <= id < self.vocab_size))
 
-        adds_bos = self.bos_id is not None and self._tokenizer.encode("a").ids[:1] == [self.bos_id]
+        with _refused(self.folder):
+            adds_bos = self.bos_id is not None and self._tokenizer.encode("a").ids[:1] == [self.bos_id]
         self.add_bos: bool = self.bos_id is not None and bool(config.get("add_bos_token", adds_bos))
         self._pieces: dict[int, bytes] = {}  # filled by _piece
         self.chat_template: str | None = self._find_template(config.get("chat_template"))
@@ -101,7 +107,7 @@ class Tokenizer:
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """The text of `ids`. Bytes that are no UTF-8 become U+FFFD, but take no whole character with them."""
         self._check(ids)
-        text = self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+        text = self._decode(ids, skip_special)
         if "\ufffd" not in text:
             return text
         # `tokenizers` gives up a whole run of byte tokens when one character in it is cut off
@@ -149,10 +155,15 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
     def _encode(self, text: str):
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise BadInput(f"{text!a:.80} is not Unicode text (a lone surrogate?); repair the record") from error
+        with _refused(self.folder):
+            try:
+                return self._tokenizer.encode(text, add_special_tokens=False)
+            except (TypeError, UnicodeEncodeError) as error:
+                raise BadInput(f"{text!a:.80} is not Unicode text (a lone surrogate?); repair the record") from error
+
+    def _decode(self, ids: list[int], skip_special: bool = False) -> str:
+        with _refused(self.folder):
+            return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
 
     def _encode_cut_by_cut(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]]:
         """encode_cut() by its definition: right for any tokenizer, and quadratic in the number of cuts."""
@@ -202,7 +213,8 @@ class Tokenizer:
     @cached_property
     def _pipeline(self) -> dict:
         """tokenizer.json without its vocabulary."""
-        pipeline = json.loads(self._tokenizer.to_str())
+        with _refused(self.folder):
+            pipeline = json.loads(self._tokenizer.to_str())
         for key in ("vocab", "merges"):
             pipeline["model"].pop(key, None)
         return pipeline
@@ -211,7 +223,7 @@ class Tokenizer:
     def _anchor(self) -> tuple[int, int]:
         """A token to put before another, to see how that one reads in the middle of a text; and its length there."""
         for id in range(self.vocab_size):
-            text = self._tokenizer.decode([id])
+            text = self._decode([id], skip_special=True)
             if text.strip() and "\ufffd" not in text and id not in self._special_ids:
                 return id, len(text)
         raise BadInput(f"{self.folder} has no token with any text; is its tokenizer.json complete?")
@@ -230,12 +242,12 @@ class Tokenizer:
         elif "ByteFallback" in self._decoders and _is_byte(token):
             piece = bytes([int(token[3:5], 16)])
             if first and piece == b" ":
-                piece = self._tokenizer.decode([id], skip_special_tokens=False).encode()
+                piece = self._decode([id]).encode()
         elif first:
-            piece = self._tokenizer.decode([id], skip_special_tokens=False).encode()
+            piece = self._decode([id]).encode()
         else:
             anchor, length = self._anchor
-            piece = self._tokenizer.decode([anchor, id], skip_special_tokens=False)[length:].encode()
+            piece = self._decode([anchor, id])[length:].encode()
         if not first:
             self._pieces[id] = piece
         return piece
@@ -271,7 +283,7 @@ class Tokenizer:
         from tokenizers import AddedToken
 
         well = isinstance(described, dict) and all(
-            id.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)
+            id.isdecimal() and len(id) < 10 and isinstance(token, dict) and _is_text(token.get("content"))
             for id, token in described.items()
         )
         if not well:
@@ -368,7 +380,9 @@ def _load(folder: Path):
     import tokenizers
 
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    with _refused(folder):  # a folder that may not be searched
+        found = path.is_file()
+    if not found:
         if (folder / "tokenizer.model").is_file():
             raise BadInput(
                 f"{folder} has tokenizer.model but no tokenizer.json; convert it once: python -c "
@@ -376,18 +390,31 @@ def _load(folder: Path):
                 f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\""
             )
         raise BadInput(f"{path} is not there; --model must be a folder in Hugging Face format with a tokenizer")
-    try:
+    with _refused(folder):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise BadInput(f"{path} is not a tokenizer ({_first_line(error)}); download it again") from error
     # left over from whoever saved it: a shorter or longer text than asked for
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+@contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """What `tokenizers` raises inside, as BadInput: nothing narrower than Exception, and its panics not even that."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise BadInput(f"{folder / 'tokenizer.json'} is not a tokenizer ({why}); download it again") from error
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string of whole characters."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _is_byte(token: str) -> bool:

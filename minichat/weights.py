@@ -48,6 +48,13 @@ def resolve(source: str | Path) -> Path:
     A hub id is owner/name or owner/name@revision; the token comes from the environment (HF_TOKEN), and what is in
     the hub's cache works offline. Raises BadInput if there is no such model.
     """
+    try:
+        return _resolved(source)
+    except (OSError, RuntimeError) as error:  # a folder that may not be searched, a name too long, ~nobody
+        raise BadInput(f"{source}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _resolved(source: str | Path) -> Path:
     folder = Path(source).expanduser()
     if folder.is_dir():
         for inner in (folder, folder / "model", folder / "adapter"):
@@ -70,7 +77,7 @@ def _describes_model(config: Path) -> bool:
         raw = json.loads(config.read_text())
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return True  # let the reader say what is wrong with it
     return not (isinstance(raw, dict) and "minichat" in raw)
 
@@ -103,13 +110,13 @@ def chain(source: str | Path) -> tuple[Path, list[Adapter]]:
         if len(adapters) > 16:
             raise BadInput(f"{source}: adapters over adapters without end")
         base = adapter.config.get("base_model_name_or_path")
-        if not base:
+        if not base or not isinstance(base, str):
             raise BadInput(f"{folder / CONFIG}: names no base; give it: --model BASE --adapter {folder}")
         try:
             # a project that was moved has its runs where they were to one another
             beside = folder / adapter.metadata.get("base_beside", base)
             below = resolve(beside if beside.is_dir() and not Path(base).expanduser().is_dir() else base)
-        except BadInput as error:
+        except (BadInput, OSError, RuntimeError) as error:
             raise BadInput(f"the base of {folder}: {error}; give it: --model BASE --adapter {folder}") from None
         check_base(adapter, below)
         folder = below
@@ -271,7 +278,10 @@ def _fill(model: Mistral, shards: Shards, where, dtype, packed, scheme, adapters
     """Read every tensor of the model, each cast and placed once."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if scheme is not None:
-        quant.check(linears, scheme)
+        try:
+            quant.check(linears, scheme)
+        except BadInput as error:
+            raise BadInput(f"{shards.folder}: {error}") from None
     names = list(model.state_dict(keep_vars=True))
     tied = model.config.tie_word_embeddings
     left = {n for n in shards.files if not n.endswith("rotary_emb.inv_freq")}  # a buffer of old Llama checkpoints

@@ -440,6 +440,8 @@ HOSTILE = {
     "lipsum": "{{ lipsum(n=100000) }}",
     "keep": "".join(f"{{% set b{i} = 'a' * 4000000 %}}" for i in range(1000)),
     "keep slices": BIG + "".join(f"{{% set b{i} = b[1:] %}}" for i in range(1000)),
+    "a long text": BIG + "{{ b }}",
+    "a text of many": "{% for i in range(30000) %}{{ messages }}{% endfor %}",
     "range": "{% for i in range(10**9) %}{% endfor %}",
     "rounds": ROUND * 4 + END * 4,
     "empty rounds": ROUND + "{% for i in range(100000) if false %}{% endfor %}" + END,
@@ -465,6 +467,12 @@ def test_hostile_templates(name):
     assert time.process_time() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_long_conversation_is_no_hostile_template():
+    messages = [{**message, "content": "word " * 20_000} for message in [HELLO, ANSWER] * 5]
+    theirs = chat._BUILT_IN["chatml"] + " "  # not known as ours
+    assert text_of(messages, theirs).rstrip() == text_of(messages, "chatml").rstrip()
 
 
 def test_raised_message_is_passed_on():

@@ -48,12 +48,15 @@ def test_staged_files_take_their_place_together(folder):
 
 @pytest.mark.parametrize("names", [("config.json", "a", "z"), ("a", "config.json", "z"), ("z", "a", "config.json")])
 def test_the_last_file_comes_last(folder, monkeypatch, names):
-    moved, replace = [], Path.replace
-    monkeypatch.setattr(Path, "replace", lambda self, to: (moved.append(Path(to).name), replace(self, to))[1])
+    moved, rename = [], Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: (moved.append((self, to)), rename(self, to))[1])
     monkeypatch.setattr(Path, "iterdir", lambda self: iter([self / name for name in names]))  # in any order
     with staged(folder, last="config.json") as new:
         write(new, *names)
-    assert sorted(moved) == sorted(names) and moved[-1] == "config.json"
+    came = [to.name for _, to in moved if to.parent == folder]
+    went = [self.name for self, _ in moved if self.parent == folder]
+    assert sorted(came) == sorted(names)
+    assert came[-1] == "config.json" == went[0]  # a reader finds the old files, none, or the new ones
 
 
 def fail(error):
@@ -95,6 +98,55 @@ def test_what_fails_leaves_no_folder_that_was_not_there(tmp_path, failing, kind,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("blocked", ["config.json", "model-1.bin", "more"])
+def test_a_folder_in_the_place_of_a_file(folder, blocked):
+    (folder / blocked).unlink(missing_ok=True)
+    (folder / blocked).mkdir()
+    before = content(folder)
+    with pytest.raises(BadInput, match="cannot be written"), staged(folder, "config.json", ("model*", "n*")) as new:
+        write(new, "config.json", "model-1.bin", "more")
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before it has moved", "after"])
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("fails", range(6))  # three old files, three new ones
+def test_a_move_that_fails_takes_the_others_back(folder, monkeypatch, fails, kind, late):
+    calls, rename = [], Path.rename
+
+    def failing(self, to):
+        calls.append(to)
+        if len(calls) != fails + 1:
+            return rename(self, to)
+        if late:
+            rename(self, to)
+        raise kind("here")
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(BadInput if kind is OSError else kind), staged(folder, "config.json", ("model*",)) as new:
+        write(new, "config.json", "model-1.bin", "more")
+    assert content(folder) == OLD and len(calls) > fails
+
+
+def test_what_cannot_be_taken_back_is_kept(folder, monkeypatch):
+    def failing(self, to, rename=Path.rename):
+        if self.parent.name == ".old" or self.name == "more":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(BadInput, match="Input/output error"), staged(folder, "config.json", ("model*",)) as new:
+        write(new, "more")
+    assert content(folder) | content(new / ".old") == {**OLD, new.name: None}
+
+
+def test_a_folder_is_never_stale(folder):
+    (folder / "model-of-mine").mkdir()
+    with staged(folder, last="config.json", stale=("model*",)) as new:
+        write(new, "config.json")
+    assert content(folder) == {"config.json": "new", "notes": "mine", "model-of-mine": None}
+
+
 def test_a_file_that_cannot_be_written_is_named(folder, monkeypatch):
     import safetensors.torch
     import torch
@@ -124,6 +176,12 @@ def test_json_goes_there_and_back(tmp_path):
     assert read_json(tmp_path / "a.json") == read_json(tmp_path / "a.json", missing={}) == value
     assert "é" in (tmp_path / "a.json").read_text(encoding="utf-8")
     assert read_json(tmp_path / "none.json", missing={"a": 1}) == {"a": 1}
+
+
+def test_half_a_character_goes_there_and_back(tmp_path):
+    value = {"a": "\ud83d", "é": "😀"}
+    files.write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
 
 
 BAD = {

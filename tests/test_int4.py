@@ -216,6 +216,8 @@ def test_quantize_checks_before_it_changes_anything():
         int4.quantize(model, group_size=48)
     with pytest.raises(BadInput, match="no regular expression"):
         int4.quantize(model, skip=["re:("])
+    with pytest.raises(BadInput, match="too many ways"):
+        int4.quantize(model, skip=[r"re:(\w+\.?)+!"])
     lora.attach(model, r=2, targets=["0"])
     with pytest.raises(BadInput, match="0 carries or is an adapter"):
         int4.quantize(model)

@@ -283,6 +283,9 @@ BAD = {
     "one eos in words": {"eos_token_id": [2, "x"]},
     "several bos": {"bos_token_id": [1, 2]},
     "huge": {"vocab_size": 10**21},
+    "layers without end": {"num_hidden_layers": 2**30},
+    "more bytes than can be counted": {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 4},
+    "wide heads": {"num_attention_heads": 2**30, "head_dim": 2**30},
     "infinite": {"rope_theta": math.inf},
 }
 

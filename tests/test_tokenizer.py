@@ -253,6 +253,16 @@ WRONG = {
     "added token a string": ("tokenizer_config.json", {"added_tokens_decoder": {"3": "<s>"}}, "added_tokens_decoder"),
     "added token a number": ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": 1}}}, "maps no ids"),
     "added token without id": ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}, "no ids"),
+    "added token half a character": (
+        "tokenizer_config.json",
+        {"added_tokens_decoder": {"3": {"content": "\ud83d"}}},
+        "maps no ids",
+    ),
+    "added token beyond counting": (
+        "tokenizer_config.json",
+        {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}},
+        "maps no ids",
+    ),
     "template a number": ("tokenizer_config.json", {"chat_template": 1}, "chat_template is 1"),
     "named template a number": (
         "tokenizer_config.json",
@@ -276,6 +286,33 @@ def test_values_of_a_wrong_kind(tmp_path, name, content, message):
     with pytest.raises(BadInput) as error:
         Tokenizer(tmp_path)
     assert message in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+FAILING = {  # each is well-formed, and the library panics or raises, on some text or other
+    "panics when read": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "panics on any text": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "panics on some text": {
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Removed", "invert": True}
+    },
+    "panics when it decodes": {"decoder": {"type": "Strip", "content": "a", "start": 9, "stop": 9}},
+    "raises": {"model": {"type": "WordLevel", "vocab": {"<s>": 1, "</s>": 2}, "unk_token": "none"}},
+    "ids without end": {"model": {"type": "BPE", "vocab": {"</s>": 4_000_000_000}, "merges": []}},
+}
+
+
+@pytest.mark.parametrize("change", FAILING.values(), ids=FAILING)
+def test_what_the_library_fails_at_is_one_line(tmp_path, change):
+    write(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(BadInput) as error:
+        tokenizer = Tokenizer(tmp_path)
+        ids = tokenizer.encode("a" * 40 + "!")
+        tokenizer.encode_cut("a b", [1])
+        tokenizer.decode(ids)
+        stream = TextStream(tokenizer)
+        "".join(map(stream.put, ids))
+    assert str(error.value).startswith(str(file)) and "\n" not in str(error.value)
 
 
 def test_ids_that_are_no_tokens_are_no_errors(tmp_path):

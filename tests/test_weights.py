@@ -632,10 +632,35 @@ def test_what_is_wrong_with_an_int4_folder_is_one_line(packed, tmp_path, break_i
     one_line(lambda: minichat.load(folder), *parts)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000], ids=["lists", "objects"])
+def test_a_config_that_is_nested_without_end_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    one_line(lambda: minichat.load(tmp_path), tmp_path / "config.json", "not JSON")
+
+
+@pytest.mark.parametrize("named", [None, "", 1, True, ["a"], {"a": 1}, "a" * 300, "~nobody-of-this-name", "a\0"])
+def test_an_adapter_that_names_no_base_is_one_line(base, tmp_path, named):
+    model, _ = minichat.load(base)
+    lora.save(lora.attach(model, r=2), tmp_path, "x")
+    edit_json(tmp_path / "adapter_config.json", lambda config: config.update(base_model_name_or_path=named))
+    one_line(lambda: minichat.load(tmp_path), tmp_path, "base", "give it: --model BASE --adapter")
+
+
+def test_a_folder_that_may_not_be_searched_is_one_line(base, tmp_path, monkeypatch):
+    def denied(self, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", denied)
+    one_line(lambda: minichat.load(base), base, "Permission denied")
+    one_line(lambda: Tokenizer(base), base / "tokenizer.json", "Permission denied")
+
+
 def test_what_is_wrong_with_a_request_is_one_line(base, packed, tmp_path):
-    one_line(lambda: minichat.load(base, int4=Scheme(4, 64)), "down_proj", "96", "64")
+    one_line(lambda: minichat.load(base, int4=Scheme(4, 64)), base, "down_proj", "96", "64")
     one_line(lambda: minichat.load(packed, int4=Scheme(8, 32)), packed, "int4 in groups of 32", "int8")
     one_line(lambda: minichat.load(tmp_path / "none"), tmp_path / "none", "no such folder")
+    one_line(lambda: minichat.load("a" * 300), "aaa", "File name too long")
+    one_line(lambda: minichat.load("~nobody-of-this-name/model"), "~nobody-of-this-name/model", "home")
     one_line(lambda: minichat.load(base / "config.json"), base / "config.json", "a file")
     one_line(lambda: minichat.load("no/such/model"), "no/such/model")
     one_line(lambda: minichat.load(tmp_path), tmp_path, "config.json")
