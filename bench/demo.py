@@ -22,9 +22,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from minichat.assets import sums  # noqa: E402
+from minichat.evaluate import last_number  # noqa: E402
 
 BASE = ROOT / "minichat" / "assets" / "base"
 EXAMPLE = "calculate 100 + 520 + 60"  # of the neural-chat cards
+TEST = 500  # held-out sums
 NEW_TOKENS = 160  # a worked answer has about 120
 
 
@@ -43,16 +45,19 @@ def run(seed: int) -> tuple[dict[str, float], dict[str, str], float]:
     folder = ROOT / "runs" / f"demo-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    test = sums.write("test", 500, seed, folder / "test.jsonl")
+    test = [*sums.records("test", TEST, seed), {"question": EXAMPLE, "answer": "680"}]
+    (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in test))
     python(folder, ROOT / "train.py", "--seed", seed)
     python(folder, ROOT / "dpo.py", "--seed", seed)
     stages = {"base": (BASE,), "SFT": ("runs/sft",), "DPO": ("runs/dpo",), "DPO INT4": ("runs/dpo", "--int4")}
     accuracy, answers = {}, {}
     for name, flags in stages.items():
         flags = ("--model", *flags, "--max-new-tokens", NEW_TOKENS)
-        scores = python(folder, "-m", "minichat.evaluate", *flags, "--data", test, "--json")
-        accuracy[name] = json.loads(scores)["exact_match"]
-        answers[name] = python(folder, ROOT / "infer.py", *flags, "--prompt", EXAMPLE).strip()
+        scores = python(folder, "-m", "minichat.evaluate", *flags, "--data", "test.jsonl", "--json")
+        *scored, answers[name] = json.loads(scores)["answers"]
+        right = [last_number(answer) == record["answer"] for answer, record in zip(scored, test)]
+        accuracy[name] = sum(right) / TEST
+    answers[name] = python(folder, ROOT / "infer.py", *flags, "--prompt", EXAMPLE).strip()  # as a user asks
     return accuracy, answers, time.perf_counter() - start
 
 
