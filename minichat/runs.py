@@ -14,7 +14,7 @@ from minichat.examples import Dpo, Report, Sft
 from minichat.model import Mistral
 from minichat.tokenizer import Tokenizer
 
-EMBEDDED = {"sft": ("sft", 5000), "dpo": ("pairs", 1500)}  # without --data: kind and number of records
+EMBEDDED = {"sft": ("sft", 8000), "dpo": ("pairs", 1500)}  # without --data: kind and number of records
 
 
 def say(text: str) -> None:

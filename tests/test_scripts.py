@@ -1003,7 +1003,7 @@ def test_the_embedded_default(tmp_path):
     assert f"merged {tmp_path / 'runs/sft/adapter'}" in err or "merged runs/sft/adapter" in err
     assert records(tmp_path / "runs/dpo")[0]["loss"] == pytest.approx(LN2, abs=1e-6)
     assert {"sft", "dpo"} == {file.name for file in (tmp_path / "runs").iterdir()}
-    for run_folder, count in (("sft", 5000), ("dpo", 1500)):
+    for run_folder, count in (("sft", 8000), ("dpo", 1500)):
         names = {file.name for file in (tmp_path / "runs" / run_folder).iterdir()}
         assert names == {"config.json", "metrics.jsonl", "loss.png", "adapter", "data.jsonl"}
         assert len((tmp_path / "runs" / run_folder / "data.jsonl").read_text().splitlines()) == count
