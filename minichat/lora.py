@@ -38,8 +38,8 @@ class Lora:
         y = super().forward(x)
         if not self.lora_on:
             return y
-        low = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.weight.to(x.dtype))
-        return y + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.lora_scale
+        low = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.weight.to(x.dtype)) * self.lora_scale
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_B.weight.to(x.dtype).t()).view_as(y)
 
 
 class Frozen:
