@@ -21,6 +21,8 @@ def parse():
     group.add_argument("--format", choices=list(formats.CHATS), help="of the records (without it: recognised by their "
                        "fields)")  # fmt: skip
     group.add_argument("--learn", choices=["assistant", "all"], default="assistant", help="which tokens of a chat")
+    group.add_argument("--pack", action="store_true", help="several sequences in a row of --max-length tokens, none of "
+                       "which sees another; --batch-size counts rows then")  # fmt: skip
     cli.training_flags(parser, cli.RUNS["sft"], lr=1e-4, warmup=0.03, batch_size=8, max_length=2048)
     return cli.parse(parser, "sft.args")
 

@@ -9,17 +9,26 @@ from torch import Tensor
 QUERY_BLOCK = 512  # queries at a time where there are more: bounds the mask and the scores
 
 
-def visible(q_pos: Tensor, k_pos: Tensor, window: int | None) -> Tensor:
+def visible(
+    q_pos: Tensor,
+    k_pos: Tensor,
+    window: int | None,
+    q_doc: Tensor | None = None,
+    k_doc: Tensor | None = None,
+) -> Tensor:
     """Which keys each query sees: (B, T), (B, S) integer positions -> (B, 1, T, S) bool.
 
     A query sees the `window` keys that end with itself (Mistral 7B, arXiv 2310.06825); None is full causal attention.
     Position -1 marks an empty slot or padding: no query sees it. A padding query sees all keys, because a row of
     softmax with nothing in it is NaN, and a NaN value times an attention weight of 0 would reach real tokens.
+    q_doc, k_doc: (B, T) and (B, S), which of a packed row's documents each belongs to; a query sees its own.
     """
     q, k = q_pos[:, None, :, None], k_pos[:, None, None, :]
     seen = (k >= 0) & (k <= q)
     if window is not None:
         seen &= k > q - window
+    if q_doc is not None:
+        seen &= q_doc[:, None, :, None] == k_doc[:, None, None, :]
     return seen | (q < 0)
 
 
@@ -29,7 +38,8 @@ class View:
 
     q_pos: (B or 1, T), k_pos: (B or 1, S), int64. ordered: the keys' columns are in order and end with the queries'
     own, so that a block of queries needs only a slice of them; a ring buffer's are not. consecutive: the positions
-    are 0, 1, 2, … in both, so that blocks at the same distance from their first key see alike.
+    are 0, 1, 2, … in both, so that blocks at the same distance from their first key see alike. doc: (B, T), of packed
+    rows the document that each token belongs to.
     """
 
     q_pos: Tensor
@@ -37,10 +47,11 @@ class View:
     window: int | None
     ordered: bool
     consecutive: bool = False
+    doc: Tensor | None = None
 
     def __post_init__(self):
         one_block = self.q_pos.shape[1] <= QUERY_BLOCK and not self.consecutive
-        self.mask = visible(self.q_pos, self.k_pos, self.window) if one_block else None
+        self.mask = self._visible(slice(None), slice(None)) if one_block else None
         self._biases: dict[tuple[int, int], Tensor] = {}
 
     def block(self, start: int, end: int, first: int, last: int, dtype: torch.dtype) -> Tensor:
@@ -49,20 +60,50 @@ class View:
         Of consecutive positions it is kept, as what is added to the scores: backward holds on to every layer's mask
         in that form, and so the layers and most blocks hold one and the same.
         """
+        queries, keys = slice(start, end), slice(first, last)
         if not self.consecutive:
-            return visible(self.q_pos[:, start:end], self.k_pos[:, first:last], self.window)
+            return self._visible(queries, keys)
         key = end - start, start - first
         if key not in self._biases:
-            seen = visible(self.q_pos[:, start:end], self.k_pos[:, first:last], self.window)
+            seen = self._visible(queries, keys)
             self._biases[key] = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
         return self._biases[key]
 
+    def _visible(self, queries: slice, keys: slice) -> Tensor:
+        docs = () if self.doc is None else (self.doc[:, queries], self.doc[:, keys])
+        return visible(self.q_pos[:, queries], self.k_pos[:, keys], self.window, *docs)
 
-def attention(q: Tensor, k: Tensor, v: Tensor, view: View | None) -> Tensor:
+
+class Documents:
+    """In a View's place: a row of documents one after another, whose tokens see those of their own.
+
+    lengths: of the documents, T together. Each goes through attention by itself: what a mask hides would cost as much
+    as what it shows.
+    """
+
+    def __init__(self, lengths: list[int], window: int | None, device: torch.device):
+        self.lengths, self.window = lengths, window
+        self.positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device, non_blocking=True)
+        self.views: dict[int, View] = {}
+
+    def view(self, length: int) -> View | None:
+        """What a document of this length sees: the window, where it is shorter."""
+        if self.window is None or length <= self.window:
+            return None
+        if length not in self.views:
+            positions = torch.arange(length, device=self.positions.device)[None]
+            self.views[length] = View(positions, positions, self.window, ordered=True, consecutive=True)
+        return self.views[length]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, view: View | Documents | None) -> Tensor:
     """(B, H, T, Hd) queries, (B, KvH, S, Hd) keys and values -> (B, H, T, Hd).
 
     With many queries the mask exists for QUERY_BLOCK of them at a time: memory grows with T, never with T * S.
     """
+    if isinstance(view, Documents):
+        each = zip(*(x.split(view.lengths, dim=2) for x in (q, k, v)), view.lengths)
+        return torch.cat([attention(q, k, v, view.view(n)) for q, k, v, n in each], dim=2)
     if view is None or view.mask is not None:
         return attend(q, k, v, None if view is None else view.mask)
     T, S, W = q.shape[2], k.shape[2], view.window

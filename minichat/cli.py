@@ -21,7 +21,7 @@ BASE = Path(__file__).parent / "assets" / "base"  # the embedded default
 RUNS = {"sft": Path("runs/sft"), "dpo": Path("runs/dpo")}
 REPLACED = "replaced-run"  # where --overwrite keeps the old run until the new one is saved
 REQUIRED = ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "jinja2", "tqdm")
-WRITES = ("config.json", "metrics.jsonl", "loss.png", "data.jsonl", "bad-records.txt")  # files of a run
+WRITES = ("config.json", "metrics.jsonl", "loss.png", "data.jsonl", "bad-records.txt", "checkpoints")  # of a run
 RESULTS = {"adapter": "adapter_config.json", "model": "config.json"}  # of a run: a folder, and what is in every such
 
 
@@ -151,6 +151,12 @@ def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_si
     group.add_argument("--out", type=Path, default=out, help="the run folder: config.json, metrics.jsonl, loss.png, "
                        "and the adapter or the model")  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the run in --out, to "
+                       "the same result; without one, from the beginning")  # fmt: skip
+    group.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="steps between checkpoints, 0: only "
+                       "where Ctrl-C or SIGTERM stops the run")  # fmt: skip
+    group.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints that stay: the last N, and the "
+                       "best by evaluation")  # fmt: skip
     group.add_argument("--steps", type=int, help="optimiser steps (without it: by --epochs)")
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
     group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between logged ones")
@@ -186,11 +192,11 @@ def check_training(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be a finite number")
-    positive = ("batch_size", "accumulate", "epochs", "log_every", "max_length", "lr")
+    positive = ("batch_size", "accumulate", "epochs", "log_every", "max_length", "lr", "keep")
     for name in positive:
         if not getattr(args, name) > 0:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
-    for name in ("warmup", "clip", "weight_decay", "eval_every", "eps"):
+    for name in ("warmup", "clip", "weight_decay", "eval_every", "save_every", "eps"):
         if getattr(args, name) < 0:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it cannot be negative")
     if not all(0 <= beta < 1 for beta in args.betas):
@@ -215,9 +221,16 @@ def check_training(args: argparse.Namespace) -> None:
         raise BadInput("--eval-split and --eval-data: one of them says what to evaluate on")
     if args.out.exists() and not args.out.is_dir():
         raise BadInput(f"--out {args.out} is a file; it takes a folder")
+    if args.resume and args.overwrite:
+        raise BadInput("--resume goes on with the run that --overwrite replaces: one of them")
     is_run = (args.out / "metrics.jsonl").exists()
-    if is_run and not args.overwrite:
-        raise BadInput(f"--out {args.out} holds a run already; choose another folder, or --overwrite")
+    if args.resume and is_run and any((args.out / kind / last).exists() for kind, last in RESULTS.items()):
+        print(f"minichat: the run in {args.out} is done: nothing to resume", file=sys.stderr)
+        sys.exit(0)
+    if is_run and not (args.overwrite or args.resume):
+        raise BadInput(
+            f"--out {args.out} holds a run already; choose another folder, --overwrite, or --resume if it was stopped"
+        )
     for name in (*WRITES, *RESULTS):
         if not is_run and (args.out / name).exists():
             raise BadInput(f"--out {args.out} holds {name}, which is not of a run; choose another folder")

@@ -1,7 +1,7 @@
 """Token ids -> batches: which items an epoch takes, in which order, padded how."""
 
 import random
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -17,7 +17,7 @@ from minichat.examples import Example, Pair
 class Batch:
     """One micro-batch. weight: what its loss sum is divided by (target tokens, or pairs), counted on the host."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict  # Tensors, and "documents" as a list of lengths where nothing is padded
     weight: int
     tokens: int
     where: list[str]
@@ -89,61 +89,117 @@ def lengths(items: Sequence) -> list[int]:
     return items.lengths() if hasattr(items, "lengths") else [len(item) for item in items]
 
 
-def order(mix: Mix, batch_size: int, micro_batches: int, seed: int, epoch: int) -> list[list[list[int]]]:
-    """Indices of an epoch's items: the micro-batches of each optimiser step; by seed and epoch alone.
+Row = list[int]  # the items of a row: one, or several that are packed
 
-    A step is a random sample, and only within it do similar lengths go together, so that less is padded. Whole steps
-    of similar lengths would be cheaper and learn worse: lengths go with content, and a step of short answers alone
-    teaches that answers are short.
+
+def order(
+    mix: Mix, batch_size: int, micro_batches: int, seed: int, epoch: int, capacity: int | None = None
+) -> list[list[list[Row]]]:
+    """Indices of an epoch's items: the rows of the micro-batches of each optimiser step; by seed and epoch alone.
+
+    capacity: of a packed row, in tokens; None packs none. A step is a random sample, and only within it do similar
+    lengths go together, so that less is padded. Whole steps of similar lengths would be cheaper and learn worse:
+    lengths go with content, and a step of short answers alone teaches that answers are short.
     """
     known = lengths(mix)
     indices = mix.epoch(seed, epoch)
+    rows = [[i] for i in indices] if capacity is None else pack(known, indices, capacity, f"pack {seed} {epoch}")
     size = batch_size * micro_batches
-    samples = [indices[i : i + size] for i in range(0, len(indices), size)]
-    return [by_length(known, batch_size, sample) for sample in samples]
+    return [by_length(known, batch_size, rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-def by_length(known: list[int], batch_size: int, indices: Iterable[int] | None = None) -> list[list[int]]:
-    """Indices (None: all) of items with these lengths in batches of similar ones, short ones first."""
-    near = sorted(range(len(known)) if indices is None else indices, key=known.__getitem__)
+def by_length(known: list[int], batch_size: int, rows: Iterable[Row] | None = None) -> list[list[Row]]:
+    """Rows (None: one of each item) in batches of similar lengths, short ones first."""
+    rows = ([i] for i in range(len(known))) if rows is None else rows
+    near = sorted(rows, key=lambda row: sum(known[i] for i in row))
     return [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
 
 
-def _padded(rows: list[list[int]], masks: list[list[int]], pad_to: Callable[[int], int]) -> dict[str, Tensor]:
-    """Rows as (B, T) ids, padded on the right, and the flat index, label and row of every target."""
-    T = pad_to(max(map(len, rows)))
-    ids = torch.zeros(len(rows), T, dtype=torch.int64)
-    index, labels, row = [], [], []
-    for b, (tokens, mask) in enumerate(zip(rows, masks)):
-        ids[b, : len(tokens)] = torch.tensor(tokens)
-        targets = [t for t in range(1, len(tokens)) if mask[t]]
-        index += [b * T + t - 1 for t in targets]  # the one shift: position t - 1 predicts token t
-        labels += [tokens[t] for t in targets]
-        row += [b] * len(targets)
+def pack(known: list[int], indices: Iterable[int], capacity: int, seed: str) -> list[Row]:
+    """Items in rows of at most `capacity` tokens (a longer one is a row by itself), the rows in random order.
+
+    Best fit: each item goes to the row that it leaves the least room in. In the order given, not from the longest
+    down, so that a row is a mixture as well.
+    """
+    rows: list[Row] = []
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room that is left in them
+    rooms: list[int] = []  # which of those lists are not empty, in order
+    for i in indices:
+        at = bisect_left(rooms, known[i])
+        if at == len(rooms):
+            rows.append([])
+            row, room = len(rows) - 1, max(capacity, known[i])
+        else:
+            room = rooms[at]
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                del rooms[at]
+        rows[row].append(i)
+        left = room - known[i]
+        if left:
+            if not open_rows[left]:
+                insort(rooms, left)
+            open_rows[left].append(row)
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def _tensors(rows: list[list[tuple[list[int], list[int]]]], pad_to: Callable[[int], int] | None) -> dict:
+    """Rows of documents, each (tokens, mask), as ids; and the flat index, label and document of every target.
+
+    pad_to None: all in one row, without padding: ids (1, T) and the documents' lengths. Else ids (B, T), padded on
+    the right, and for packed rows each token's position and document, (B, T).
+    """
+    lengths = [len(tokens) for row in rows for tokens, _ in row]
+    if pad_to is None:
+        rows, T = [[document for row in rows for document in row]], sum(lengths)
+    else:
+        T = pad_to(max(sum(len(tokens) for tokens, _ in row) for row in rows))
+    ids, positions, documents = (torch.full((len(rows), T), fill) for fill in (0, -1, -1))
+    index, labels, document = [], [], []
+    n = 0
+    for b, row in enumerate(rows):
+        end = 0
+        for tokens, mask in row:
+            start, end = end, end + len(tokens)
+            ids[b, start:end] = torch.tensor(tokens)
+            positions[b, start:end] = torch.arange(len(tokens))
+            documents[b, start:end] = n
+            targets = [t for t in range(1, len(tokens)) if mask[t]]
+            index += [b * T + start + t - 1 for t in targets]  # the one shift: position t - 1 predicts token t
+            labels += [tokens[t] for t in targets]
+            document += [n] * len(targets)
+            n += 1
     # padding by mask, never by id: eos may be the padding token and is still learnt
-    N = pad_to(len(index))
-    weights = [1.0] * len(index) + [0.0] * (N - len(index))
-    filler = [0] * (N - len(index))
-    return {
+    filler = [] if pad_to is None else [0] * (pad_to(len(index)) - len(index))
+    tensors = {
         "ids": ids,
         "index": torch.tensor(index + filler),
         "labels": torch.tensor(labels + filler),
-        "row": torch.tensor(row + filler),
-        "weights": torch.tensor(weights),
+        "document": torch.tensor(document + filler),
+        "weights": torch.tensor([1.0] * len(index) + [0.0] * len(filler)),
     }
+    if pad_to is None:
+        tensors["documents"] = lengths
+    elif len(lengths) > len(rows):
+        tensors |= {"positions": positions, "documents": documents}
+    return tensors
 
 
-def sft_batch(items: list[Example], pad_to: Callable[[int], int]) -> Batch:
-    """A micro-batch of sequences; its weight is its number of target tokens."""
-    tensors = _padded([e.ids for e in items], [e.mask for e in items], pad_to)
+def sft_batch(rows: list[list[Example]], pad_to: Callable[[int], int] | None) -> Batch:
+    """A micro-batch of rows of examples; its weight is its number of target tokens."""
+    items = [example for row in rows for example in row]
+    tensors = _tensors([[(e.ids, e.mask) for e in row] for row in rows], pad_to)
     return Batch(tensors, int(tensors["weights"].sum()), sum(map(len, items)), [e.where for e in items])
 
 
-def dpo_batch(items: list[Pair], pad_to: Callable[[int], int]) -> Batch:
-    """A micro-batch of B pairs as 2B rows, the chosen ones first; its weight is its number of pairs."""
-    rows = [p.prompt + p.chosen for p in items] + [p.prompt + p.rejected for p in items]
-    masks = [[0] * len(p.prompt) + p.masks[side] for side in (0, 1) for p in items]
-    tensors = _padded(rows, masks, pad_to)
+def dpo_batch(rows: list[list[Pair]], pad_to: Callable[[int], int] | None) -> Batch:
+    """A micro-batch of B pairs as 2B documents, the chosen ones first; its weight is its number of pairs."""
+    items = [pair for row in rows for pair in row]
+    chosen = [[(p.prompt + p.chosen, [0] * len(p.prompt) + p.masks[0]) for p in row] for row in rows]
+    rejected = [[(p.prompt + p.rejected, [0] * len(p.prompt) + p.masks[1]) for p in row] for row in rows]
+    tensors = _tensors(chosen + rejected, pad_to)
+    tensors["pairs"] = len(items)
     if items[0].reference is not None:
         tensors["reference"] = torch.tensor([p.reference[side] for side in (0, 1) for p in items])
-    return Batch(tensors, len(items), sum(map(len, rows)), [p.where for p in items])
+    return Batch(tensors, len(items), sum(p.tokens for p in items), [p.where for p in items])

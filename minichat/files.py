@@ -59,6 +59,52 @@ def write_tensors(tensors: dict, path: Path, metadata: dict[str, str] | None = N
     path.chmod(mode)  # that of any new file: the library makes its own readable by their owner alone
 
 
+def read_tensors(path: Path) -> dict:
+    """The tensors of a safetensors file, on the CPU. Raises BadInput if it is missing or corrupt."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+@contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A new folder to write into, which gets its name when all of it is on the disk: whatever happens, it is there
+    whole or not at all. What one that died had begun goes. A disk that is full is BadInput.
+    """
+    scratch = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for begun in folder.parent.glob(".part-*"):
+            shutil.rmtree(begun)
+        scratch = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+        scratch.chmod(folder.parent.stat().st_mode & 0o777)
+        yield scratch
+        for path in [*scratch.rglob("*"), scratch]:
+            _sync(path)
+        scratch.rename(folder)
+        _sync(folder.parent)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written: {error.strerror or error}") from None
+    except BadInput as error:
+        raise BadInput(str(error).replace(str(scratch), str(folder))) from None
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator[Path]:
     """A new folder to write files into, which take their place in `folder` together when all of them are whole.

@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, and a progress bar or, where there is no terminal, plain lines."""
 
+import errno
 import json
 import math
 import os
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 
 from tqdm import tqdm
+
+from minichat.errors import BadInput
 
 
 def show(line: str) -> None:
@@ -31,11 +34,13 @@ WATCHED = {
 class Metrics:
     """Writes one object per logged step to folder/metrics.jsonl and shows it on stderr. A context manager.
 
-    folder None keeps no file. Every object has at least what it is given and `seconds` since the start.
+    folder None keeps no file. Every object has at least what it is given and `seconds` since the start. resume: keep
+    what the file holds, until rewind() says how much of it counts.
     """
 
-    def __init__(self, folder: Path | None, steps: int, what: str):
-        self.file = (folder / "metrics.jsonl").open("w") if folder else None
+    def __init__(self, folder: Path | None, steps: int, what: str, resume: bool = False):
+        # unbuffered: a line is in the file, or writing it has failed
+        self.file = (folder / "metrics.jsonl").open("ab" if resume else "wb", buffering=0) if folder else None
         self.start = time.perf_counter()
         self.steps = steps
         self.what = what
@@ -52,6 +57,23 @@ class Metrics:
         if self.file:
             self.file.close()
 
+    def position(self) -> dict[str, float]:
+        """Where the file is now, and the seconds since the start: what rewind() goes back to."""
+        if self.file:
+            os.fsync(self.file.fileno())
+        return {"bytes": self.file.tell() if self.file else 0, "seconds": time.perf_counter() - self.start}
+
+    def rewind(self, position: dict[str, float], step: int) -> None:
+        """Go on at `step` from an earlier position(); what came after it is cut off. ValueError if less is there."""
+        if self.file:
+            if position["bytes"] > self.file.seek(0, os.SEEK_END):
+                raise ValueError(f"{self.file.name} has lost lines")
+            self.file.truncate(position["bytes"])
+        self.start = time.perf_counter() - position["seconds"]
+        if self.bar is not None:
+            self.bar.reset(self.steps)
+            self.bar.update(step)
+
     def write(self, record: dict) -> None:
         """Log one step: `record` holds "step" and plain numbers."""
         seconds = time.perf_counter() - self.start
@@ -59,8 +81,12 @@ class Metrics:
         if self.file:
             # JSON has no infinity (a perplexity) and no NaN
             finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
-            self.file.write(json.dumps(finite) + "\n")
-            self.file.flush()
+            line = f"{json.dumps(finite)}\n".encode()
+            try:
+                if self.file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise BadInput(f"{self.file.name}: cannot be written: {error.strerror}") from None
         shown = {key: _short(value) for key, value in record.items() if key not in ("step", "tokens", "seconds")}
         if self.bar is not None:
             watched = {name: shown[key] for key, name in WATCHED.items() if key in shown}

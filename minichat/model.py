@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minichat.attention import View, attention, rotary, rotate
+from minichat.attention import Documents, View, attention, rotary, rotate
 from minichat.errors import BadInput
 
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")  # the same block where neither biases nor RoPE scaling are
@@ -125,9 +125,6 @@ class Config:
         raw = asdict(self)
         architecture = raw.pop("architecture")
         mistral = architecture == "MistralForCausalLM"
-        wanted = "mistral" if mistral else "llama"
-        if raw.get("model_type", wanted) != wanted:
-            raise BadInput(f"model_type {raw['model_type']!r} is not that of {architecture}, {wanted!r}")
         if not mistral:
             raw.pop("sliding_window")
         name = str(dtype).removeprefix("torch.")
@@ -217,22 +214,33 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None, cache=None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        cache=None,
+        documents: list[int] | Tensor | None = None,
+    ) -> Tensor:
         """(B, T) ids -> (B, T, D), after the last norm.
 
         positions: (B, T) int64, -1 for padding; None is 0, 1, 2, … in every row (padding on the right does no harm:
         no token sees what follows it). cache: a KVCache that these tokens continue; it needs positions.
+        documents: of packed rows, whose documents do not see each other: the lengths of those in the only row, whose
+        positions follow; or, where shapes have to be static, (B, T) the number of each token's, with positions.
         """
         config, window = self.config, self.config.sliding_window
         implicit = positions is None
         if implicit:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        if cache is not None:
+        if isinstance(documents, list):
+            view = Documents(documents, window, ids.device)
+            positions = view.positions
+        elif cache is not None:
             view = View(positions, cache.advance(positions), window, ordered=False)
         elif implicit and (window is None or ids.shape[1] <= window):
             view = None
         else:
-            view = View(positions, positions, window, ordered=True, consecutive=implicit)
+            view = View(positions, positions, window, ordered=True, consecutive=implicit, doc=documents)
         x = self.embed_tokens(ids)
         cos, sin = rotary(positions, config.head_dim, config.rope_theta, x.dtype)
         for block in self.layers:

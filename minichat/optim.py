@@ -39,6 +39,7 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
+        self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.weights = [p for p in model.parameters() if p.requires_grad]
         if not self.weights:
             raise ValueError("nothing to train: no parameter requires a gradient; attach LoRA or train in full")
@@ -74,3 +75,23 @@ class AdamW:
                     weight.copy_(master)
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on: each weight in float32, and AdamW's moments and count of its steps."""
+        found = {}
+        for name, master in zip(self.names, self.masters):
+            found[f"weight.{name}"] = master.detach()
+            found |= {f"{key}.{name}": value for key, value in self.adamw.state[master].items()}
+        return found
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from what state() gave. Raises KeyError or RuntimeError for the state of other weights."""
+        for name, weight, master in zip(self.names, self.weights, self.masters):
+            master.copy_(tensors[f"weight.{name}"])
+            if master is not weight:
+                weight.copy_(master)
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = torch.empty_like(master)
+                self.adamw.state[master][key] = moment.copy_(tensors[f"{key}.{name}"])
+            self.adamw.state[master]["step"] = tensors[f"step.{name}"].clone()

@@ -1,20 +1,26 @@
 """A training run from its flags: data, adapter or all weights, the loop, the run folder."""
 
 import argparse
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from minichat import chat, cli, data, files, lora, metrics, sources, store, training, weights
+from minichat import chat, checkpoint, cli, data, files, lora, metrics, sources, store, training, weights
 from minichat.assets import sums
 from minichat.errors import BadInput
 from minichat.examples import Dpo, Report, Sft
 from minichat.model import Mistral
 from minichat.tokenizer import Tokenizer
 
-EMBEDDED = {"sft": ("sft", 8000), "dpo": ("pairs", 1500)}  # without --data: kind and number of records
+EMBEDDED = {"sft": ("sft", 5000), "dpo": ("pairs", 1000)}  # without --data: kind and number of records
+# flags that do not decide a run's numbers, or whose content is compared instead
+NOT_DECIDING = ("out", "overwrite", "resume", "save_every", "keep", "log_every", "device", "gradient_checkpointing",
+                "strict", "save_dtype", "model", "template", "format", "data", "eval_data", "eval_split")  # fmt: skip
 
 
 def say(text: str) -> None:
@@ -116,11 +122,16 @@ def train(
         lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
     stop_ids, _ = chat.stops(encoder.template, tokenizer)
     items, eval_items, bad = read_data(args, encoder, what)
+    run = describe_run(args, model, encoder, {"data": items.parts, "evaluation data": eval_items.parts})
+    found = checkpoint.read(args.out) if args.resume else []
+    if found and (other := checkpoint.differences(run, found[-1][1]["run"])):
+        raise BadInput(f"--resume: not the run in {args.out}: {'; '.join(other)}; resume it as it was, or --overwrite")
     settings = training.Settings(
         steps=args.steps,
         epochs=args.epochs,
         batch_size=args.batch_size,
         accumulate=args.accumulate,
+        pack=args.max_length if getattr(args, "pack", False) else None,
         lr=args.lr,
         schedule=args.schedule,
         warmup=args.warmup,
@@ -139,34 +150,62 @@ def train(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = training.count_steps(items, settings)
     say(f"{trained:,} weights train on {model.device}, {total} steps")
-    cli.start_run(args)
+    if settings.pack:
+        rows = sum(len(batch) for step in training.order(items, settings, 0) for batch in step)
+        share = sum(data.lengths(items)) / (rows * settings.pack)
+        say(f"packed: {rows:,} rows of {settings.pack} tokens, {share:.1%} of them used")
+    if args.resume:
+        say(f"resumed after step {found[-1][1]['step']}" if found else f"no checkpoint in {args.out}: from step 1")
+    if not found:
+        cli.start_run(args)
     if args.data is None:
         sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
     if bad:
         (args.out / "bad-records.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
-    with metrics.Metrics(args.out, total, what) as log:
-        training.fit(model, method, items, settings, log, eval_items)
-    if args.full:
-        weights.save_model(
-            model, tokenizer, args.out / "model", cli.torch_dtype(args.save_dtype), encoder.template, stop_ids
-        )
-    else:
-        metadata = {"base_fingerprint": model.identity}
-        base = Path(model.source)
-        if base.name == "adapter" and (base.parent / "metrics.jsonl").exists():
-            base = (
-                base.parent
-            )  # PEFT opens a run's adapter as if it were the model, and then is wrong; a run it refuses
-        if base.is_dir():
-            metadata["base_beside"] = os.path.relpath(base, args.out.resolve() / "adapter")
-        if model.scheme is not None:
-            metadata["int4"] = str(model.scheme)
-        with files.staged(args.out / "adapter", last=lora.CONFIG) as new:
-            tokenizer.save(new, encoder.template, stop_ids)
-            lora.save(model, new, base=str(base), metadata=metadata)
+
+    def save(folder: Path) -> None:
+        if args.full:
+            dtype = cli.torch_dtype(args.save_dtype)
+            weights.save_model(model, tokenizer, folder / "model", dtype, encoder.template, stop_ids)
+        else:
+            save_adapter(model, tokenizer, folder / "adapter", encoder.template, stop_ids)
+
+    saved = checkpoint.Checkpoints(args.out, run, save, args.save_every, args.keep)
+    with metrics.Metrics(args.out, total, what, bool(found)) as log, saved.stopping():
+        try:
+            training.fit(model, method, items, settings, log, eval_items, saved, bool(found))
+        except checkpoint.Stopped as stopped:
+            draw(args.out)
+            say(f"stopped at step {stopped.step} of {total}, and saved: the same command with --resume goes on")
+            sys.exit(128 + stopped.number)
+    save(args.out)
     cli.end_run(args)
     draw(args.out)
     say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
+
+
+def describe_run(args: argparse.Namespace, model: Mistral, encoder: Sft | Dpo, parts: dict[str, list]) -> dict:
+    """What decides a run's numbers: a run that resumes with anything else would not be the same."""
+    flags = {"--" + name.replace("_", "-"): value for name, value in vars(args).items() if name not in NOT_DECIDING}
+    text = hashlib.sha256(f"{encoder.tokenizer.fingerprint} {encoder.template}".encode()).hexdigest()[:16]
+    run = {**flags, "the base": model.identity, "tokenizer and template": text}
+    run |= {name: ", ".join(f"{len(part):,} records {part.fingerprint()}" for part in of) for name, of in parts.items()}
+    return json.loads(json.dumps(run))  # as a checkpoint gives it back
+
+
+def save_adapter(model: Mistral, tokenizer: Tokenizer, folder: Path, template: str, stop_ids: Sequence[int]) -> None:
+    """The adapter with its tokenizer, so that the folder is a model; and where its base lies."""
+    metadata = {"base_fingerprint": model.identity}
+    base = Path(model.source)
+    if base.name == "adapter" and any((base.parent / name).exists() for name in ("metrics.jsonl", checkpoint.STATE)):
+        base = base.parent  # PEFT opens an adapter as if it were the model, and then is wrong; a run it refuses
+    if base.is_dir():
+        metadata["base_beside"] = os.path.relpath(base, folder.resolve())
+    if model.scheme is not None:
+        metadata["int4"] = str(model.scheme)
+    with files.staged(folder, last=lora.CONFIG) as new:
+        tokenizer.save(new, template, stop_ids)
+        lora.save(model, new, base=str(base), metadata=metadata)
 
 
 def draw(folder: Path) -> None:

@@ -80,6 +80,11 @@ class Items(Sequence):
             counts = P + np.maximum(C, counts - P - C)
         return counts.tolist()
 
+    def fingerprint(self) -> str:
+        """A hash of the records that the items come from, in their order, and of the items' lengths."""
+        known = (self.index[name][self.chosen].tobytes() for name in ("draws", "counts", "cuts"))
+        return hashlib.sha256(b" ".join(known)).hexdigest()[:16]
+
     def split(self, share: float) -> tuple["Items", "Items"]:
         """The items of all records but about a share of them, and those of that share.
 

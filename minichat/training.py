@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minichat import data, device, lora, losses, optim
+from minichat.checkpoint import Checkpoints, Stopped
 from minichat.errors import BadInput
 from minichat.examples import Pair
 from minichat.metrics import Metrics
@@ -23,6 +24,7 @@ class Settings:
     epochs: float = 1.0
     batch_size: int = 8  # sequences, or pairs, per micro-batch and device
     accumulate: int = 1  # micro-batches per step
+    pack: int | None = None  # SFT: several sequences in a row of this many tokens; batch_size counts rows then
     lr: float = 1e-4
     schedule: str = "cosine"
     warmup: float = 0.03  # steps, or a share of them if below 1
@@ -53,7 +55,7 @@ def sft() -> Method:
     """Cross-entropy over target tokens: the mean over all of an optimiser step's, however the step is split."""
 
     def objective(model, tensors):
-        hidden = model.model(tensors["ids"])
+        hidden = _hidden(model, tensors)
         logps = losses.target_logps(hidden, model.lm_head, tensors["index"], tensors["labels"])
         return {"loss": -(logps * tensors["weights"]).sum()}
 
@@ -63,6 +65,11 @@ def sft() -> Method:
     return Method(objective, data.sft_batch, summary)
 
 
+def _hidden(model: nn.Module, tensors: dict) -> Tensor:
+    """The decoder's output for a batch's rows, (B, T, D)."""
+    return model.model(tensors["ids"], tensors.get("positions"), documents=tensors.get("documents"))
+
+
 def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, reference_free: bool = False) -> Method:
     """Direct preference optimisation. The reference is the model with its adapters off, in the same batch;
     for full fine-tuning its log-probs come with the batch as "reference", (2B,). Raises ValueError as dpo_loss does.
@@ -70,12 +77,12 @@ def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, 
     losses.check_preference(beta, kind, label_smoothing)
 
     def logps(model, tensors):
-        rows = tensors["ids"].shape[0]
-        hidden = model.model(tensors["ids"])
+        count = 2 * tensors["pairs"]
+        hidden = _hidden(model, tensors)
         each = losses.target_logps(hidden, model.lm_head, tensors["index"], tensors["labels"]) * tensors["weights"]
-        sums = losses.row_sums(each, tensors["row"], rows)
+        sums = losses.row_sums(each, tensors["document"], count)
         if kind == "ipo":  # the mean over the answer's tokens, not their sum
-            sums = sums / losses.row_sums(tensors["weights"], tensors["row"], rows)
+            sums = sums / losses.row_sums(tensors["weights"], tensors["document"], count)
         return sums
 
     def objective(model, tensors):
@@ -106,8 +113,9 @@ def with_reference(model: nn.Module, method: Method, pairs: Sequence[Pair], sett
     """The pairs with the log-probs of their answers under the model as it is now."""
     where = model.device
     found = torch.empty(len(pairs), 2)
-    for indices in data.by_length(data.lengths(pairs), settings.batch_size):
-        batch = method.batch([pairs[i] for i in indices], lambda n: device.bucket(n, where))
+    for rows in data.by_length(data.lengths(pairs), settings.batch_size):
+        indices = [i for row in rows for i in row]
+        batch = method.batch([[pairs[i] for i in indices]], device.padding(where))
         found[indices] = method.logps(model, on(where, batch.tensors)).view(2, -1).T.float().cpu()
     return data.Referenced(pairs, found)
 
@@ -119,13 +127,20 @@ def fit(
     settings: Settings,
     metrics: Metrics,
     eval_items: Sequence | None = None,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
 ) -> dict[str, float]:
     """Train what requires a gradient; the last logged numbers. items: a data.Mix, or a list.
 
+    resume: continue from the last of `checkpoints`, to the numbers that the run would have had without a break.
+
     Every step's gradient is that of the mean over all of its targets, whatever batch_size and accumulate are.
-    Raises BadInput when the loss is no longer a number, naming the records of that step; nothing is saved then.
+    Raises BadInput when the loss is no longer a number, naming the records of that step; nothing is saved then. Raises
+    Stopped where a signal has asked for it and a checkpoint is saved.
     """
     where = model.device
+    if where.type == "cpu":
+        device.keep_host_memory()
     items = items if isinstance(items, data.Mix) else data.Mix([items])
     total = count_steps(items, settings)
     optimizer = optim.AdamW(model, settings.betas, settings.eps, settings.weight_decay)
@@ -133,9 +148,11 @@ def fit(
     warmup = 0 if settings.warmup * total < 1 else settings.warmup  # its one step, at rate 0, would be the run
     model.train()
     pending: list[tuple[int, dict[str, Tensor], int, list[str]]] = []  # steps whose numbers nobody has read yet
-    tokens, logged_tokens, last = 0, 0, {}
-    start = time.perf_counter()
-    for step, batches in zip(range(total), steps(items, settings, method, where)):
+    done, tokens, last = 0, 0, {}
+    if resume:
+        done, tokens = checkpoints.resume(model, optimizer, metrics)
+    logged_tokens, start = tokens, time.perf_counter()
+    for step, batches in zip(range(done, total), steps(items, settings, method, where, done)):
         weight = sum(batch.weight for batch in batches)
         lr = optim.lr_at(step, total, settings.lr, settings.schedule, warmup)
         sums: dict[str, Tensor] = {}
@@ -153,24 +170,30 @@ def fit(
 
         done = step + 1
         evaluates = bool(eval_items) and (done == total or (settings.eval_every and done % settings.eval_every == 0))
-        if done % settings.log_every and done not in (1, total) and not evaluates:
-            continue
-        means = _read(pending)
-        pending.clear()
-        now = time.perf_counter()
-        rate = (tokens - logged_tokens) / (now - start)
-        last = {"step": done, **method.summary(means), "lr": lr, "tokens": tokens, "tokens_per_s": round(rate, 1)}
-        if evaluates:
-            scores = evaluate(model, method, eval_items, settings)
-            last |= {f"eval_{key}": value for key, value in scores.items()}
-        metrics.write(last)
-        start, logged_tokens = time.perf_counter(), tokens
+        scores = {}
+        if done % settings.log_every == 0 or done in (1, total) or evaluates:
+            means = _read(pending)
+            pending.clear()
+            now = time.perf_counter()
+            rate = (tokens - logged_tokens) / (now - start)
+            last = {"step": done, **method.summary(means), "lr": lr, "tokens": tokens, "tokens_per_s": round(rate, 1)}
+            if evaluates:
+                found = evaluate(model, method, eval_items, settings)
+                scores = {f"eval_{key}": value for key, value in found.items()}
+            last |= scores
+            metrics.write(last)
+            start, logged_tokens = time.perf_counter(), tokens
+        if checkpoints and checkpoints.due(done, scores):
+            _read(pending)
+            checkpoints.save(done, model, optimizer, metrics, {"tokens": tokens, **scores})
+            if checkpoints.asked and done < total:
+                raise Stopped(checkpoints.asked, done)
     model.eval()
     return last
 
 
 def _read(pending: list) -> dict[str, float]:
-    """The means of the newest step; reading them is the host's one synchronisation with the device."""
+    """The means of the newest step, {} of none; reading them is the host's one synchronisation with the device."""
     for step, sums, _, names in pending:
         if not math.isfinite(float(sums["loss"])) or not math.isfinite(float(sums["grad_norm"])):
             shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -178,17 +201,27 @@ def _read(pending: list) -> dict[str, float]:
                 f"the loss or its gradient is not finite at step {step} (loss {float(sums['loss'])}); "
                 f"its records: {shown}; nothing was saved; try a lower --lr"
             )
-    _, sums, weight, _ = pending[-1]
+    _, sums, weight, _ = pending[-1] if pending else (0, {}, 1, [])
     return {key: float(value) / weight for key, value in sums.items()}
 
 
-def steps(items: data.Mix, settings: Settings, method: Method, where: torch.device) -> Iterator[list[data.Batch]]:
-    """The micro-batches of one optimiser step after another, epoch after epoch, without end."""
-    epoch = 0
+def steps(
+    items: data.Mix, settings: Settings, method: Method, where: torch.device, done: int = 0
+) -> Iterator[list[data.Batch]]:
+    """The micro-batches of one optimiser step after another, epoch after epoch, without end; from step `done` on."""
+    epoch, padding = 0, device.padding(where)
     while True:
-        for batches in data.order(items, settings.batch_size, settings.accumulate, settings.seed, epoch):
-            yield [method.batch([items[j] for j in batch], lambda n: device.bucket(n, where)) for batch in batches]
+        planned = order(items, settings, epoch)
+        skipped = min(done, len(planned))
+        done -= skipped
+        for batches in planned[skipped:]:
+            yield [method.batch([[items[j] for j in row] for row in rows], padding) for rows in batches]
         epoch += 1
+
+
+def order(items: data.Mix, settings: Settings, epoch: int) -> list[list[list[data.Row]]]:
+    """The steps of an epoch: the rows of each one's micro-batches."""
+    return data.order(items, settings.batch_size, settings.accumulate, settings.seed, epoch, settings.pack)
 
 
 def count_steps(items: data.Mix, settings: Settings) -> int:
@@ -197,8 +230,12 @@ def count_steps(items: data.Mix, settings: Settings) -> int:
         raise BadInput("there is no record to train on")
     if settings.steps:
         return settings.steps
-    per_epoch = math.ceil(math.ceil(sum(items.counts) / settings.batch_size) / settings.accumulate)
-    return math.ceil(per_epoch * settings.epochs)
+    if settings.pack is None:
+        per_epoch = math.ceil(math.ceil(sum(items.counts) / settings.batch_size) / settings.accumulate)
+        return math.ceil(per_epoch * settings.epochs)
+    whole, rest = divmod(settings.epochs, 1)
+    count = lambda epoch: len(order(items, settings, epoch))  # noqa: E731  # packing differs from epoch to epoch
+    return sum(map(count, range(int(whole)))) + (math.ceil(count(int(whole)) * rest) if rest else 0)
 
 
 @torch.no_grad()
@@ -209,8 +246,8 @@ def evaluate(model: nn.Module, method: Method, items: Sequence, settings: Settin
     model.eval()
     sums: dict[str, Any] = {}
     weight = 0
-    for indices in data.by_length(data.lengths(items), settings.batch_size):
-        batch = method.batch([items[j] for j in indices], lambda n: device.bucket(n, where))
+    for rows in data.by_length(data.lengths(items), settings.batch_size):
+        batch = method.batch([[items[j] for j in row] for row in rows], device.padding(where))
         for key, value in method.objective(model, on(where, batch.tensors)).items():
             sums[key] = sums.get(key, 0) + value
         weight += batch.weight
@@ -219,5 +256,6 @@ def evaluate(model: nn.Module, method: Method, items: Sequence, settings: Settin
     return method.summary({key: float(value) / weight for key, value in sums.items()})
 
 
-def on(where: torch.device, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.to(where, non_blocking=True) for key, value in tensors.items()}
+def on(where: torch.device, tensors: dict) -> dict:
+    """The batch with its tensors on the device; what the host knows of it stays there."""
+    return {k: v.to(where, non_blocking=True) if isinstance(v, Tensor) else v for k, v in tensors.items()}

@@ -61,7 +61,8 @@ def _resolved(source: str | Path) -> Path:
             if (inner / CONFIG).exists() or _describes_model(inner / "config.json"):
                 return inner
         if (folder / "metrics.jsonl").exists():
-            raise BadInput(f"{folder} is a run that did not finish: it holds neither model/ nor adapter/")
+            saved = " (but checkpoints/, each a model)" if (folder / "checkpoints").exists() else ""
+            raise BadInput(f"{folder} is a run that did not finish: it holds neither model/ nor adapter/{saved}")
         raise BadInput(f"{folder}: holds neither config.json of a model nor {CONFIG} of an adapter")
     if folder.exists():
         raise BadInput(f"{folder} is a file; --model takes a folder in Hugging Face format, or a hub id")

@@ -15,7 +15,7 @@ LAYERS = [
     {"attention", "cache", "losses", "optim", "lora", "tokenizer", "sandbox", "metrics", "kernels"},
     {"chat", "model", "int4", "plots"},
     {"examples", "weights", "generation"},
-    {"data", "store"},
+    {"data", "store", "checkpoint"},
     {"training"},
     {"cli", "runs", "converse", "evaluate", "assets"},
 ]

@@ -287,7 +287,7 @@ def by_hand(model, mean=False):
 
 
 def tensors():
-    return data.dpo_batch(PAIRS, lambda n: n).tensors
+    return data.dpo_batch([PAIRS], None).tensors
 
 
 @kinds

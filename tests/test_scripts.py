@@ -208,7 +208,7 @@ ADAPTER = ("--lora-r", 4, "--lora-alpha", 9, "--lora-dropout", 0.25, "--lora-tar
 QUANTISED = ("--int4", "--bits", 8, "--group-size", 64, "--asymmetric", "--dtype", "bfloat16", "--device", "cpu")
 METHODS = {
     "train.py": (
-        ("--learn", "all", "--format", "chat"),
+        ("--learn", "all", "--format", "chat", "--pack"),
         {"Sft": {"max_length": 200, "format": "chat", "learn": "all"}, "sft": {}},
     ),
     "dpo.py": (
@@ -266,7 +266,8 @@ def test_flags_reach_the_loop(run, files, tmp_path, monkeypatch, script):
     code, _, err = run(script, *flags)
     assert code == 2 and err.splitlines()[-1] == "error: that is enough"
 
-    assert dataclasses.asdict(seen["fit"]["settings"]) == SETTINGS
+    pack = 200 if script == "train.py" else None
+    assert dataclasses.asdict(seen["fit"]["settings"]) == {**SETTINGS, "pack": pack}
     assert not SETTINGS.items() & dataclasses.asdict(training.Settings()).items()
     model, attached = seen["fit"]["model"], seen["attach"]
     assert model.model.gradient_checkpointing and len(seen["fit"]["eval_items"]) == len(seen["fit"]["items"]) == 24
@@ -452,6 +453,102 @@ def test_a_run_that_fails_keeps_the_one_that_it_was_to_replace(done, run, base, 
     assert new.keys() == old.keys() - {"data.jsonl"}
     for name in ("config.json", "adapter/adapter_model.safetensors"):
         assert new[name] != old[name]
+
+
+# ---- checkpoints ----
+
+
+@pytest.fixture
+def stopped(run, monkeypatch):
+    """stopped(step, script, *flags): the run is asked to stop after this step, as Ctrl-C does."""
+
+    def call(step, *flags):
+        real = training.optim.AdamW.step
+        count = 0
+
+        def counting(*args):
+            nonlocal count
+            count += 1
+            if count == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(training.optim.AdamW, "step", counting)
+            code, _, err = run(*flags)
+        assert code == 130 and f"stopped at step {step} of" in err and "--resume" in err
+        return err
+
+    return call
+
+
+def numbers(run_folder):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in records(run_folder)]
+
+
+@pytest.mark.parametrize("script, more", [("train.py", ("--pack",)), ("train.py", ("--full",)), ("dpo.py", PAIRS)])
+def test_a_stopped_run_resumes_to_the_same_result(done, run, stopped, base, files, script, more):
+    flags = ("--model", base, "--data", files["sft" if script == "train.py" else "pairs"], "--eval-split", 0.2)
+    flags = (script, *flags, *SHORT[2:-1], 0.2, "--accumulate", 2, "--epochs", 2, *more)
+    done(*flags, "--out", "a")
+    stopped(2, *flags, "--out", "b", "--save-every", 1, "--keep", 1)
+    assert [f.name for f in Path("b/checkpoints").iterdir()] == ["step-2"] and not Path("b/adapter").exists()
+    kind = "model" if "--full" in more else "adapter"
+    done("infer.py", "--model", "b/checkpoints/step-2", "--prompt", "x", "--max-new-tokens", 2)  # is a model
+    code, _, err = run(*flags, "--out", "b", "--resume")
+    assert code == 0 and "resumed after step 2" in err
+    assert numbers("a") == numbers("b")
+    weights_a, weights_b = (load_file(next(Path(r, kind).glob("*.safetensors"))) for r in "ab")
+    assert weights_a.keys() == weights_b.keys() and all(torch.equal(weights_a[k], weights_b[k]) for k in weights_a)
+    before = contents("b")
+    code, _, err = run(*flags, "--out", "b", "--resume")
+    assert code == 0 and "nothing to resume" in err and contents("b") == before
+
+
+def test_resuming_says_what_is_not_as_it_was(done, run, stopped, base, files):
+    data = Path("d.jsonl")
+    shutil.copy(files["sft"], data)
+    flags = ("train.py", "--model", base, "--data", data, "--out", "a", *SHORT)
+    stopped(1, *flags)
+    before = contents("a")
+    with data.open("a") as more:
+        more.write(json.dumps({"prompt": "2 + 2", "completion": "4"}) + "\n")
+    shutil.copytree(base, "other")
+    changed = load_file("other/model.safetensors")
+    changed["lm_head.weight"] += 1
+    save_file(changed, "other/model.safetensors", metadata={"format": "pt"})
+    code, _, err = run(*flags, "--resume", "--lr", 0.5, "--model", "other", "--template", "zephyr")
+    assert code == 2 and contents("a") == before and err.count("error:") == 1
+    for what in ("--lr is 0.5, was 0.0001", "the base is", "data is 25 records", ", was 24 records", "template is"):
+        assert what in err
+    assert "--seed" not in err and "--steps" not in err
+    code, _, err = run(*flags, "--resume", "--overwrite")
+    assert code == 2 and "one of them" in err
+    code, _, err = run(*flags)
+    assert code == 2 and "--resume if it was stopped" in err
+    shutil.copy(files["sft"], data)
+    shutil.move("a", "moved")  # what does not decide the numbers may differ
+    more = ("--out", "moved", "--log-every", 2, "--save-every", 1, "--gradient-checkpointing", "--resume")
+    assert run(*flags, *more)[0] == 0
+
+
+def test_resume_begins_where_there_is_no_checkpoint(done, run, base, files, monkeypatch):
+    """So that one command serves a machine that is taken away at any time."""
+    flags = ("train.py", "--model", base, "--data", files["sft"], "--out", "a", "--resume", *SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "fit", raiser(MemoryError()))
+        assert run(*flags)[0] == 2
+    code, _, err = run(*flags)
+    assert code == 0 and "no checkpoint in a: from step 1" in err
+    assert [line["step"] for line in records("a")] == [1, 2, 3] and not Path("a/replaced-run").exists()
+
+
+def test_dpo_goes_over_a_checkpoint(done, stopped, base, files):
+    stopped(2, "train.py", "--model", base, "--data", files["sft"], "--out", "a", *SHORT)
+    done("dpo.py", "--model", "a/checkpoints/step-2", "--data", files["pairs"], "--out", "b", *SHORT, *PAIRS)
+    named = json.loads(Path("b/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(named) == Path("a/checkpoints/step-2").resolve() or Path(named) == Path("a/checkpoints/step-2")
+    done("infer.py", "--model", "b", "--prompt", "x", "--max-new-tokens", 2)
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_note(done, run, base, files, monkeypatch):
@@ -1003,7 +1100,7 @@ def test_the_embedded_default(tmp_path):
     assert f"merged {tmp_path / 'runs/sft/adapter'}" in err or "merged runs/sft/adapter" in err
     assert records(tmp_path / "runs/dpo")[0]["loss"] == pytest.approx(LN2, abs=1e-6)
     assert {"sft", "dpo"} == {file.name for file in (tmp_path / "runs").iterdir()}
-    for run_folder, count in (("sft", 8000), ("dpo", 1500)):
+    for run_folder, count in (("sft", 5000), ("dpo", 1000)):
         names = {file.name for file in (tmp_path / "runs" / run_folder).iterdir()}
         assert names == {"config.json", "metrics.jsonl", "loss.png", "adapter", "data.jsonl"}
         assert len((tmp_path / "runs" / run_folder / "data.jsonl").read_text().splitlines()) == count

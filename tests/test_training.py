@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import make, theirs
 
-from minichat import data, lora, losses, optim, training
+from minichat import attention, data, lora, losses, optim, training
 from minichat.errors import BadInput
 from minichat.examples import Example, Pair
 from minichat.metrics import Metrics
@@ -77,9 +77,51 @@ def test_sft_loss_is_transformers():
     for part in parts:
         ids, labels = labels_of(part)
         expected = loss_utils.ForCausalLMLoss(theirs(model)(ids).logits, labels, 97, num_items_in_batch=targets)
-        batch = data.sft_batch(part, lambda n: n)
+        batch = data.sft_batch([[e] for e in part], lambda n: n)
         assert batch.weight == int((labels != -100).sum())
         torch.testing.assert_close(training.sft().objective(model, batch.tensors)["loss"] / targets, expected)
+
+
+@pytest.mark.parametrize("window", [None, 7, 64])
+@pytest.mark.parametrize("pad_to", [None, lambda n: n, lambda n: n + 9], ids=["ragged", "rows", "padded"])
+@pytest.mark.parametrize("block", [512, 8], ids=["mask", "blocks"])
+def test_packed_documents_are_learnt_as_if_each_were_alone(window, pad_to, block, monkeypatch):
+    """Loss and gradients of packed rows are the separate sequences', also where the window is shorter than they are."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    model, items, method = make(sliding_window=window), examples(6), training.sft()
+    found = []
+    for rows in ([items[:1], items[1:4], items[4:]], [items]):
+        sums = method.objective(model, data.sft_batch(rows, pad_to).tensors)
+        model.zero_grad()
+        sums["loss"].backward()
+        found.append((sums["loss"].detach(), [p.grad.clone() for p in model.parameters()]))
+    loss = 0
+    model.zero_grad()
+    for e in items:  # by the definition
+        logps = torch.log_softmax(model(torch.tensor([e.ids]))[0], dim=-1)
+        loss = loss - sum(logps[t - 1, e.ids[t]] for t in range(1, len(e)) if e.mask[t])
+    loss.backward()
+    model_grads = [p.grad for p in model.parameters()]
+    for one, grads in found:
+        torch.testing.assert_close(one, loss.detach(), rtol=1e-5, atol=1e-5)
+        for a, b in zip(grads, model_grads):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_steps_are_counted_after_packing(tmp_path):
+    """6 sequences of about 20 tokens in rows of 64: the schedule ends with the last row."""
+    items = examples(12)
+    settings = dict(steps=None, batch_size=1, accumulate=1, epochs=2.0)
+    packed = training.count_steps(data.Mix([items]), Settings(**settings, pack=64))
+    rows = [len(data.order(data.Mix([items]), 1, 1, 42, epoch, 64)) for epoch in (0, 1)]
+    assert packed == sum(rows) < training.count_steps(data.Mix([items]), Settings(**settings)) == 24
+    assert training.count_steps(data.Mix([items]), Settings(**{**settings, "epochs": 1.5}, pack=64)) == (
+        rows[0] + math.ceil(rows[1] / 2)
+    )
+    fit(adapted(), training.sft(), items, folder=tmp_path, **settings, pack=64, schedule="linear", warmup=0)
+    records = logged(tmp_path)
+    assert records[-1]["step"] == packed and records[-1]["tokens"] == 2 * sum(map(len, items))
+    assert records[-1]["lr"] == optim.lr_at(packed - 1, packed, 1e-2, "linear", 0)
 
 
 @torch.no_grad()
@@ -87,8 +129,8 @@ def test_padding_that_is_eos_is_masked_by_position():
     """A batch's sums are those of its rows alone, with every row's own eos learnt."""
     model, items, method = make(), examples(5), training.sft()
     assert all(e.ids[-1] == EOS and e.mask[-1] for e in items)
-    alone = sum(method.objective(model, data.sft_batch([e], lambda n: n).tensors)["loss"] for e in items)
-    together = data.sft_batch(items, lambda n: n)
+    alone = sum(method.objective(model, data.sft_batch([[e]], lambda n: n).tensors)["loss"] for e in items)
+    together = data.sft_batch([[e] for e in items], lambda n: n)
     assert together.tensors["ids"][0, -1] == EOS  # padding
     torch.testing.assert_close(method.objective(model, together.tensors)["loss"], alone)
     full = 0
@@ -365,7 +407,8 @@ def test_metrics_have_what_readers_rely_on(tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_names_its_records(log_every):
     """Also when it is read later, when the steps after it are not finite either."""
     model, items = adapted(), examples(6)
-    [second] = data.order(data.Mix([items]), 2, 1, 42, 0)[1]
+    [[[a], [b]]] = data.order(data.Mix([items]), 2, 1, 42, 0)[1]
+    second = [a, b]
     model.model.embed_tokens.weight.data[50] = math.nan
     for i, e in enumerate(items):
         e.ids = [51 if token == 50 else token for token in e.ids]

@@ -1,0 +1,139 @@
+"""Checkpoints: all that the next step depends on, and the model as far as it is; each there whole, or not at all.
+
+RUN/checkpoints/step-N/ holds adapter/ or model/, so that it is a model like the run itself; state.safetensors: the
+trained weights in float32, the optimiser's moments, the random generators; state.json: the step, and what the run is.
+The schedule and the order of the data follow from the step.
+"""
+
+import math
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from minichat import device, files
+from minichat.errors import BadInput
+from minichat.metrics import Metrics
+from minichat.optim import AdamW
+
+FOLDER, STATE, TENSORS = "checkpoints", "state.json", "state.safetensors"
+
+
+class Stopped(Exception):
+    """The run was asked to stop, by signal `number`, and has saved a checkpoint at `step`."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(number, step)
+        self.number, self.step = number, step
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run.
+
+    run: what decides the run's numbers, as JSON; a run resumes only with the same. save_model: writes the model into a
+    folder. every: steps between two of them, 0 for none but where the run is stopped. keep: how many of the last stay;
+    the best one by evaluation stays beside them.
+    """
+
+    folder: Path  # of the run
+    run: dict[str, Any]
+    save_model: Callable[[Path], None]
+    every: int = 0
+    keep: int = 2
+    asked: int | None = None  # the signal that asks the run to stop
+
+    def due(self, step: int, record: dict) -> bool:
+        """Whether to save now. record: what the step has logged, eval_loss among it where it was evaluated."""
+        return bool(self.asked or self.every and (step % self.every == 0 or self._is_best(record)))
+
+    def _is_best(self, record: dict) -> bool:
+        known = [known["eval_loss"] for _, known in self._all() if known["eval_loss"] is not None]
+        return "eval_loss" in record and all(record["eval_loss"] < other for other in known)
+
+    def save(self, step: int, model: nn.Module, optimizer: AdamW, metrics: Metrics, record: dict) -> None:
+        """Write step-N and delete what is not kept. Raises BadInput, and leaves all as it was, if it fails."""
+        target = self.folder / FOLDER / f"step-{step}"
+        if target.exists():
+            return
+        tensors = {**optimizer.state(), **{f"random.{k}": v for k, v in device.random_state(model.device).items()}}
+        with files.appearing(target) as new:
+            self.save_model(new)
+            files.write_tensors({key: value.cpu().contiguous() for key, value in tensors.items()}, new / TENSORS)
+            score = record.get("eval_loss", math.nan)
+            known = {"step": step, "tokens": record["tokens"], "eval_loss": score if math.isfinite(score) else None}
+            files.write_json(new / STATE, {**known, "metrics": metrics.position(), "run": self.run})
+        for path in self._superseded():
+            shutil.rmtree(path, ignore_errors=True)
+
+    def resume(self, model: nn.Module, optimizer: AdamW, metrics: Metrics) -> tuple[int, int]:
+        """Continue from the last checkpoint: the steps and tokens done, 0 and 0 without one."""
+        if not (found := self._all()):
+            metrics.rewind({"bytes": 0, "seconds": 0}, 0)
+            return 0, 0
+        path, known = found[-1]
+        tensors = files.read_tensors(path / TENSORS)
+        try:
+            optimizer.load_state(tensors)
+            random = {key.removeprefix("random."): value for key, value in tensors.items() if key.startswith("random.")}
+            device.set_random_state(model.device, random)
+            metrics.rewind(known["metrics"], known["step"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise BadInput(f"{path} does not fit this run ({error}); delete it to go on from an earlier one") from None
+        return known["step"], known["tokens"]
+
+    def _superseded(self) -> list[Path]:
+        found = self._all()
+        scored = [each for each in found if each[1]["eval_loss"] is not None]
+        best = [min(scored, key=lambda each: each[1]["eval_loss"])] if scored else []  # the first of equals
+        kept = [path for path, _ in found[-self.keep :] + best]
+        return [path for path, _ in found if path not in kept]
+
+    def _all(self) -> list[tuple[Path, dict]]:
+        return read(self.folder)
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM ask the run to save and stop after its step; the second one stops it at once."""
+        if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+            yield
+            return
+        old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def ask(number: int, _frame) -> None:
+            self.asked = number
+            restore()
+
+        def restore() -> None:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+        for number, handler in old.items():
+            if handler is not signal.SIG_IGN:  # of a background job: its shell's Ctrl-C is not meant for it
+                signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            restore()
+
+
+def read(folder: Path) -> list[tuple[Path, dict]]:
+    """The checkpoints of a run's folder and what is known of each, in the order of their steps."""
+    found = []
+    for path in (folder / FOLDER).glob("step-*"):
+        if re.fullmatch(r"step-[0-9]+", path.name):
+            found.append((path, files.read_json(path / STATE)))
+    return sorted(found, key=lambda each: each[1]["step"])
+
+
+def differences(run: dict, other: dict) -> list[str]:
+    """In words, what of `run` is not as in `other`."""
+    names = [*run, *(name for name in other if name not in run)]
+    return [f"{n} is {run.get(n)}, was {other.get(n)}" for n in names if run.get(n) != other.get(n)]
