@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,9 @@ class Checkpoints:
             known = {"step": step, "tokens": record["tokens"], "eval_loss": score if math.isfinite(score) else None}
             files.write_json(new / STATE, {**known, "metrics": metrics.position(), "run": self.run})
         for path in self._superseded():
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # one too many does no harm
+                gone = path.rename(path.with_name(f"{files.PART}{path.name}"))  # half of one would be in the way
+                shutil.rmtree(gone)
 
     def resume(self, model: nn.Module, optimizer: AdamW, metrics: Metrics) -> tuple[int, int]:
         """Continue from the last checkpoint: the steps and tokens done, 0 and 0 without one."""
@@ -85,7 +87,7 @@ class Checkpoints:
             random = {key.removeprefix("random."): value for key, value in tensors.items() if key.startswith("random.")}
             device.set_random_state(model.device, random)
             metrics.rewind(known["metrics"], known["step"])
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise BadInput(f"{path} does not fit this run ({error}); delete it to go on from an earlier one") from None
         return known["step"], known["tokens"]
 
@@ -129,8 +131,25 @@ def read(folder: Path) -> list[tuple[Path, dict]]:
     found = []
     for path in (folder / FOLDER).glob("step-*"):
         if re.fullmatch(r"step-[0-9]+", path.name):
-            found.append((path, files.read_json(path / STATE)))
+            known = files.read_json(path / STATE)
+            if not _is_state(known):
+                raise BadInput(f"{path / STATE} is not a checkpoint's; delete {path} to go on from an earlier one")
+            found.append((path, known))
     return sorted(found, key=lambda each: each[1]["step"])
+
+
+def _is_state(known: dict) -> bool:
+    count = lambda value: type(value) is int and 0 <= value < 1 << 63  # noqa: E731
+    position = known.get("metrics")
+    return (
+        count(known.get("step"))
+        and count(known.get("tokens"))
+        and isinstance(position, dict)
+        and count(position.get("bytes"))
+        and isinstance(position.get("seconds"), int | float)
+        and isinstance(known.get("eval_loss"), float | None)
+        and isinstance(known.get("run"), dict)
+    )
 
 
 def differences(run: dict, other: dict) -> list[str]:

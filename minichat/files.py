@@ -10,6 +10,7 @@ from pathlib import Path
 
 from minichat.errors import BadInput
 
+PART = ".part-"  # how the name of a folder begins that is being written, or deleted
 _OLD = ".old"  # in a folder that is being written: what it replaces
 
 
@@ -78,9 +79,9 @@ def appearing(folder: Path) -> Iterator[Path]:
     scratch = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for begun in folder.parent.glob(".part-*"):
+        for begun in folder.parent.glob(f"{PART}*"):
             shutil.rmtree(begun)
-        scratch = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=PART, dir=folder.parent))
         scratch.chmod(folder.parent.stat().st_mode & 0o777)
         yield scratch
         for path in [*scratch.rglob("*"), scratch]:
@@ -117,7 +118,7 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
     try:
         absent = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
+        scratch = Path(tempfile.mkdtemp(prefix=PART, dir=folder))
         yield scratch
         _swap(scratch, folder, last, stale)
     except OSError as error:

@@ -120,6 +120,20 @@ def optimizer_with_state(optimizer):
     return optimizer
 
 
+def test_one_that_is_half_deleted_is_none(tmp_path, monkeypatch):
+    """A process may die while it deletes."""
+    fit("sft", tmp_path / "run", every=2)
+    half = lambda path, **_: (path / "state.json").unlink(missing_ok=True)  # noqa: E731
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", half)
+    saved = Checkpoints(tmp_path / "run", {}, lambda new: None, every=1, keep=1)
+    with Metrics(None, 99, "test") as metrics:
+        saved.save(99, adapted(), optimizer_with_state(training.optim.AdamW(adapted())), metrics, {"tokens": 1})
+    monkeypatch.undo()
+    assert [known["step"] for _, known in checkpoint.read(tmp_path / "run")][-1] == 99
+    saved.save(100, adapted(), optimizer_with_state(training.optim.AdamW(adapted())), metrics, {"tokens": 1})
+    assert not list((tmp_path / "run" / "checkpoints").glob(".part-*"))
+
+
 # ---- what interrupts ----
 
 
