@@ -268,7 +268,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict, int]]:
                 for record in rows.to_pylist():
                     number += 1
                     yield number, record, round(number * size)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's own, not pyarrow's word for bad bytes
             raise
         why = " ".join(str(error).split())[:200]
