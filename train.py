@@ -23,6 +23,8 @@ def parse():
     group.add_argument("--learn", choices=["assistant", "all"], default="assistant", help="which tokens of a chat")
     group.add_argument("--pack", action="store_true", help="several sequences in a row of --max-length tokens, none of "
                        "which sees another; --batch-size counts rows then")  # fmt: skip
+    group.add_argument("--max-prompt-length", type=int, help="tokens before the first answer, longer ones lose their "
+                       "beginning (without it: only --max-length counts)")  # fmt: skip
     cli.training_flags(parser, cli.RUNS["sft"], lr=1e-4, warmup=0.03, batch_size=8, max_length=2048)
     return cli.parse(parser, "sft.args")
 
@@ -30,6 +32,8 @@ def parse():
 def main() -> None:
     args = parse()
     cli.check_training(args)
+    if args.max_prompt_length is not None and not 0 < args.max_prompt_length < args.max_length:
+        raise BadInput(f"--max-prompt-length {args.max_prompt_length} leaves no room for answers in {args.max_length}")
     if args.from_config and not args.full:
         raise BadInput("--from-config starts from random weights: there is nothing to adapt; add --full")
     if args.from_config and (args.model or args.adapter):
@@ -41,7 +45,7 @@ def main() -> None:
     model, tokenizer = runs.new_model(args) if args.from_config else cli.load(args)
 
     template = chat.template_text(args.template, tokenizer)
-    encoder = examples.Sft(tokenizer, template, args.max_length, args.format, args.learn)
+    encoder = examples.Sft(tokenizer, template, args.max_length, args.format, args.learn, args.max_prompt_length)
     runs.train(args, model, tokenizer, training.sft(), encoder, "sft")
 
 

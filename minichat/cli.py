@@ -21,7 +21,8 @@ BASE = Path(__file__).parent / "assets" / "base"  # the embedded default
 RUNS = {"sft": Path("runs/sft"), "dpo": Path("runs/dpo")}
 REPLACED = "replaced-run"  # where --overwrite keeps the old run until the new one is saved
 REQUIRED = ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "jinja2", "tqdm")
-WRITES = ("config.json", "metrics.jsonl", "loss.png", "data.jsonl", "bad-records.txt", "checkpoints")  # of a run
+WRITES = ("config.json", "metrics.jsonl", "loss.png", "data.jsonl", "bad-records.txt", "checkpoints",
+          "tensorboard", "wandb")  # of a run  # fmt: skip
 RESULTS = {"adapter": "adapter_config.json", "model": "config.json"}  # of a run: a folder, and what is in every such
 
 
@@ -50,23 +51,27 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         return super().parse_args(self._expanded(sys.argv[1:] if args is None else args), namespace)
 
-    def _expanded(self, words: Sequence[str], depth: int = 0) -> list[str]:
-        """The words with those of files in the place of @file; what a flag takes is no file, also if it begins so."""
+    def _expanded(self, words: Sequence[str], beside: Path = Path(), depth: int = 0) -> list[str]:
+        """The words with those of files in the place of @file; what a flag takes is no file, also if it begins so.
+
+        beside: where files lie; those that a file names lie beside it.
+        """
         takes = {flag for action in self._actions if action.nargs is None for flag in action.option_strings}
         found: list[str] = []
         for before, word in zip(["", *words], words):
             if not word.startswith("@") or before in takes:
                 found.append(word)
                 continue
+            file = beside / word[1:]
             if depth == 8:
-                self.error(f"file of flags {word[1:]}: files in files without end")
+                self.error(f"file of flags {file}: files in files without end")
             try:
-                inside = shlex.split(Path(word[1:]).read_text(encoding="utf-8"), comments=True)
+                inside = shlex.split(file.read_text(encoding="utf-8"), comments=True)
             except OSError as error:
-                self.error(f"file of flags {word[1:]}: {error.strerror}")
+                self.error(f"file of flags {file}: {error.strerror}")
             except ValueError as error:
-                self.error(f"file of flags {word[1:]}: {error}")
-            found += self._expanded(inside, depth + 1)
+                self.error(f"file of flags {file}: {error}")
+            found += self._expanded(inside, file.parent, depth + 1)
         return found
 
     def error(self, message: str):
@@ -160,6 +165,8 @@ def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_si
     group.add_argument("--steps", type=int, help="optimiser steps (without it: by --epochs)")
     group.add_argument("--epochs", type=float, default=1.0, help="passes over the data")
     group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="steps between logged ones")
+    group.add_argument("--log", nargs="+", choices=["tensorboard", "wandb"], help="also log to RUN/tensorboard, or to "
+                       "Weights & Biases (extras of these names)")  # fmt: skip
     group.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="steps between evaluations, "
                        "0: at the end only")  # fmt: skip
     group = parser.add_argument_group("optimiser (AdamW)")

@@ -114,7 +114,8 @@ class Sft:
 
     A chat that is too long loses its oldest turns, then its prompt's left, then its answer's right; a text is cut into
     pieces. template: Jinja text. format: a name in formats.CHATS, or None to tell it by the fields.
-    learn: "assistant" turns, or "all" tokens.
+    learn: "assistant" turns, or "all" tokens. max_prompt_length: of what comes before the first answer, None for no
+    limit of its own.
     """
 
     tokenizer: Tokenizer
@@ -122,6 +123,7 @@ class Sft:
     max_length: int
     format: str | None = None
     learn: str = "assistant"
+    max_prompt_length: int | None = None
 
     def __call__(self, record: dict, counts: Counter) -> list[Example]:
         """The sequences of a record, and in `counts` what was cut and dropped. Raises BadInput if it is bad."""
@@ -149,13 +151,16 @@ class Sft:
             messages = shorter
             ids, mask = chat.render(messages, self.template, self.tokenizer, learn=self.learn)
             counts["oldest turns dropped"] += 1
+        prompt = mask.index(1) if any(mask) else 0
         over = len(ids) - longest
+        if self.max_prompt_length is not None:
+            over = max(over, prompt - self.max_prompt_length)
         if over > 0 and any(mask):
             # never the beginning of what is learnt, nor the token that predicts it: the rest would follow from nothing
-            start = min(over, max(0, mask.index(1) - 1))
-            ids, mask = ids[start : start + longest], mask[start : start + longest]
+            start = min(over, max(0, prompt - 1))
             counts["prompts cut on the left"] += start > 0
-            counts["answers cut on the right"] += start < over
+            counts["answers cut on the right"] += len(ids) - start > longest
+            ids, mask = ids[start : start + longest], mask[start : start + longest]
         yield ids, mask
 
 
