@@ -205,6 +205,11 @@ def prompt_ids(messages: list[Message], template: str, tokenizer: Tokenizer) -> 
     return render(messages, template, tokenizer, add_generation_prompt=True, learn="all")[0]
 
 
+def text(messages: list[Message], template: str, tokenizer: Tokenizer, add_generation_prompt: bool) -> str:
+    """A conversation as a template writes it, before it is tokenised."""
+    return _text(_checked(messages), template_text(template, tokenizer), tokenizer, add_generation_prompt)[0]
+
+
 def stops(template: str, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The ids and the strings that end an answer: the tokenizer's ids, and what the template writes after an answer.
 

@@ -174,9 +174,9 @@ def _tensors(rows: list[list[tuple[list[int], list[int]]]], pad_to: Callable[[in
     filler = [] if pad_to is None else [0] * (pad_to(len(index)) - len(index))
     tensors = {
         "ids": ids,
-        "index": torch.tensor(index + filler),
-        "labels": torch.tensor(labels + filler),
-        "document": torch.tensor(document + filler),
+        "index": torch.tensor(index + filler, dtype=torch.int64),
+        "labels": torch.tensor(labels + filler, dtype=torch.int64),
+        "document": torch.tensor(document + filler, dtype=torch.int64),
         "weights": torch.tensor([1.0] * len(index) + [0.0] * len(filler)),
     }
     if pad_to is None:

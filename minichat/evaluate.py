@@ -1,18 +1,40 @@
-"""Scores of a model on a file.
+"""Scores of a model: perplexity, right answers, preferences, and the leaderboard's tasks.
 
-    python -m minichat.evaluate --model runs/dpo --data test.jsonl --int4
+    python -m minichat.evaluate --model runs/dpo --data test.jsonl                    # {"question": …, "answer": …}
+    python -m minichat.evaluate --model runs/sft --text book.txt --length 4096 --stride 2048
+    python -m minichat.evaluate --model runs/dpo --pairs pairs.jsonl --reference runs/sft
+    python -m minichat.evaluate --model runs/dpo --int4 --tasks arc_challenge,gsm8k --limit 100
+    python -m minichat.evaluate --model neural-chat --leaderboard --beside neural-chat-7b-v3-1
 
-Records are JSON lines: {"question": …, "answer": …}; the score is the share of answers whose last number, or else
-whose whole text, is the right one.
+Several at once make one table. --tasks and --leaderboard take lm-eval (pip install 'minichat[eval]').
 """
 
 import json
+import math
 import re
-import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from minichat import cli
 from minichat.errors import BadInput
+
+# the Open LLM Leaderboard's tasks of November 2023, their few-shot examples and metrics, by lm-eval's names
+LEADERBOARD = {
+    "arc_challenge": (25, "acc_norm"),
+    "hellaswag": (10, "acc_norm"),
+    "mmlu": (5, "acc"),
+    "truthfulqa_mc2": (0, "acc"),
+    "winogrande": (5, "acc"),
+    "gsm8k": (5, "exact_match"),
+    "drop": (3, "f1"),
+}
+# the models' cards, per cent, in that order
+PUBLISHED = {
+    "Mistral-7B-v0.1": (59.58, 83.31, 64.16, 42.15, 78.37, 18.12, 6.14),
+    "neural-chat-7b-v3": (67.15, 83.29, 62.26, 58.77, 78.06, 1.21, 50.43),
+    "neural-chat-7b-v3-1": (66.21, 83.64, 62.37, 59.65, 78.14, 19.56, 43.84),
+    "neural-chat-7b-v3-2": (67.49, 83.92, 63.55, 59.68, 79.95, 55.12, None),
+}
 
 
 def last_number(text: str) -> str:
@@ -43,38 +65,231 @@ def exact_match(model, tokenizer, records: Sequence[dict], template: str, batch_
     return {"exact_match": sum(right) / len(right), "answers": texts}
 
 
+def logps(model, sequences: Sequence[tuple[list[int], list[int]]], batch_size: int) -> list[tuple[float, int, bool]]:
+    """Of each (ids, mask): the summed log-probability of the tokens whose mask is 1 given all before them, in nats,
+    how many there are, and whether each is the model's first choice. The first token follows from nothing and is left
+    out.
+    """
+    import torch
+
+    from minichat import data, device, losses, training
+    from minichat.examples import Example
+
+    items = [Example(ids, mask) for ids, mask in sequences]
+    found: list[tuple[float, int, bool]] = [(0.0, 0, True)] * len(items)
+    where = model.device
+    with torch.inference_mode():
+        for rows in data.by_length(data.lengths(items), batch_size):
+            indices = [i for row in rows for i in row]
+            batch = data.sft_batch([[items[i]] for i in indices], device.padding(where))
+            tensors = training.on(where, batch.tensors)
+            hidden = training.hidden_states(model, tensors).flatten(0, 1).index_select(0, tensors["index"])
+            each, first = [], []
+            for part, labels in zip(hidden.split(losses.ROWS), tensors["labels"].split(losses.ROWS)):
+                logits = model.lm_head(part).float()
+                each.append(logits.log_softmax(-1).gather(1, labels[:, None])[:, 0])
+                first.append(logits.argmax(-1) == labels)
+            weights, document = tensors["weights"], tensors["document"]
+            sums = losses.row_sums(torch.cat(each).double() * weights, document, len(indices)).tolist()
+            missed = losses.row_sums((~torch.cat(first)).double() * weights, document, len(indices)).tolist()
+            for i, total, wrong in zip(indices, sums, missed):
+                found[i] = total, sum(items[i].mask[1:]), wrong == 0
+    return found
+
+
+def perplexity(model, tokenizer, text: str, length: int, stride: int, batch_size: int) -> dict[str, float]:
+    """Of a text, read in windows of `length` tokens that advance by `stride`; each token is scored once, in the first
+    window that reaches it. stride == length is chunked: the first token of a chunk follows from nothing there.
+
+    perplexity: exp of the mean loss per token. bits_per_byte: the loss over the text's UTF-8 bytes, which compares
+    models with other tokenizers. Raises BadInput for a text without two tokens.
+    """
+    ids = [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(text)
+    if len(ids) < 2:
+        raise BadInput(f"a text of {len(ids)} tokens has nothing to predict; give a longer one")
+    sequences, scored = [], 0
+    for start in range(0, len(ids), stride):
+        window = ids[start : start + length]
+        new = start + len(window) - scored
+        sequences.append((window, [0] * (len(window) - new) + [1] * new))
+        scored += new
+        if scored == len(ids):
+            break
+    found = logps(model, sequences, batch_size)
+    loss, tokens = -sum(total for total, _, _ in found), sum(count for _, count, _ in found)
+    from minichat import losses
+
+    bits = loss / math.log(2) / len(text.encode("utf-8", "surrogatepass"))
+    return {"perplexity": losses.perplexity(loss / tokens), "bits_per_byte": bits, "tokens": tokens}
+
+
+def preferences(model, pairs: Sequence, batch_size: int, reference=None) -> dict[str, float]:
+    """How often the chosen answer has the higher log-probability: summed over its tokens, and their mean; and, with a
+    reference model, how often it gained more over the reference, which is DPO's accuracy (arXiv 2305.18290).
+    """
+
+    def of(model) -> list[tuple[tuple, tuple]]:
+        answers = [
+            (p.prompt + a, [0] * len(p.prompt) + m) for p in pairs for a, m in zip((p.chosen, p.rejected), p.masks)
+        ]
+        found = logps(model, answers, batch_size)
+        return list(zip(found[::2], found[1::2]))
+
+    mine = of(model)
+    scores = {
+        "preference accuracy, sum": sum(good[0] > bad[0] for good, bad in mine) / len(pairs),
+        "preference accuracy, mean": sum(good[0] / good[1] > bad[0] / bad[1] for good, bad in mine) / len(pairs),
+    }
+    if reference is not None:
+        gained = [(g[0] - rg[0], b[0] - rb[0]) for (g, b), (rg, rb) in zip(mine, of(reference))]
+        scores["reward accuracy"] = sum(good > bad for good, bad in gained) / len(pairs)
+    return scores
+
+
+def table(scores: dict[str, float], beside: str | None = None) -> str:
+    """Scores as a Markdown table; beside: a model of PUBLISHED, whose numbers go next to them, in per cent."""
+    known = dict(zip(LEADERBOARD, PUBLISHED[beside])) if beside else {}
+    lines = [f"| score | this model |{f' {beside}, its card |' if beside else ''}"]
+    lines.append("| --- | ---: |" + " ---: |" * bool(beside))
+    for name, value in scores.items():
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        theirs = known.get(name.split(",")[0])
+        lines.append(
+            f"| {name} | {shown} |" + (f" {'–' if theirs is None else f'{theirs / 100:.4f}'} |" * bool(beside))
+        )
+    return "\n".join(lines)
+
+
+# ---- the command ----
+
+
 def main() -> None:
     parser = cli.Parser(__doc__, prog="python -m minichat.evaluate")
     cli.model_flags(parser, "without it: runs/dpo, else runs/sft, else the embedded base")
-    cli.chat_flags(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="JSON lines of questions and answers")
-    parser.add_argument("--batch-size", type=int, default=64, help="questions answered at a time")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer")
-    parser.add_argument("--json", action="store_true", help="print the answers as well, as one JSON object")
+    group = cli.chat_flags(parser)
+    group.add_argument("--batch-size", type=int, default=64, help="questions or sequences at a time")
+    group = parser.add_argument_group("questions")
+    group.add_argument("--data", metavar="SOURCE", help="questions and answers: share of greedy answers that match, "
+                       "by their last number, or else their whole text")  # fmt: skip
+    group.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer")
+    group = parser.add_argument_group("a text")
+    group.add_argument("--text", metavar="FILE", help="perplexity, per token, and bits per byte")
+    group.add_argument("--length", type=int, help="tokens of a window (without it: the model's sliding window, or its "
+                       "context, at most 4,096)")  # fmt: skip
+    group.add_argument("--stride", type=int, help="tokens from one window to the next (without it: half of --length; "
+                       "--length itself reads chunk by chunk, faster)")  # fmt: skip
+    group = parser.add_argument_group("preferences")
+    group.add_argument("--pairs", metavar="SOURCE", help="records as dpo.py reads them: how often the chosen answer is "
+                       "the more likely one")  # fmt: skip
+    group.add_argument("--reference", metavar="SOURCE", help="a model: how often the chosen answer gained more over it")
+    group.add_argument("--max-length", type=int, default=1536, help="tokens of a prompt and its answer")
+    group.add_argument("--max-prompt-length", type=int, default=1024, help="tokens, longer ones lose their beginning")
+    group = parser.add_argument_group("tasks of lm-eval")
+    group.add_argument("--tasks", metavar="NAMES", help="comma-separated, with their own few-shot examples")
+    group.add_argument("--leaderboard", action="store_true", help="the Open LLM Leaderboard's seven, with its few-shot "
+                       "examples")  # fmt: skip
+    group.add_argument("--few-shot", type=int, metavar="N", help="--tasks: examples before each question")
+    group.add_argument("--include", metavar="FOLDER", help="--tasks: with the YAML files of more tasks")
+    group.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task")
+    group.add_argument("--chat", action="store_true", help="--tasks: questions as a user's messages in --template")
+    group = parser.add_argument_group("output")
+    group.add_argument("--beside", choices=[*PUBLISHED], help="a published model, whose card's numbers go beside these")
+    group.add_argument("--json", action="store_true", help="one JSON object, with the answers, instead of a table")
     args = parser.parse_args()
-    if args.batch_size < 1:
-        raise BadInput(f"--batch-size is {args.batch_size}; it must be 1 or more")
+    _check(args)
     args.model = args.model or cli.default_model("dpo", "sft")
 
-    from minichat import chat, sources
+    from minichat import chat
+
+    # what can be wrong with files is told before a model is loaded
+    questions = _questions(args.data) if args.data else None
+    text = _text(args.text) if args.text else None
+    harness = _harness() if args.tasks or args.leaderboard else None
+    model, tokenizer = cli.load(args)
+    template = chat.template_text(args.template, tokenizer)
+    scores, answers = {}, {}
+    if questions:
+        found = exact_match(model, tokenizer, questions, template, args.batch_size, args.max_new_tokens)
+        scores["exact_match"], answers["answers"] = found["exact_match"], found["answers"]
+    if text is not None:
+        context = model.config.max_position_embeddings
+        length = args.length or min(model.config.sliding_window or context, context, 4096)
+        if length > context:
+            raise BadInput(f"--length {length} passes the model's context of {context}")
+        stride = args.stride or max(1, length // 2)
+        if stride > length:
+            raise BadInput(f"--stride {stride} passes over tokens with windows of {length}; it is at most --length")
+        scores |= perplexity(model, tokenizer, text, length, stride, args.batch_size)
+    if args.pairs:
+        scores |= _preferences(args, model, tokenizer, template)
+    if harness:
+        scores |= harness.scores(model, tokenizer, template if args.chat else None, args)
+    print(json.dumps({"model": str(args.model), **scores, **answers}) if args.json else table(scores, args.beside))
+
+
+def _check(args) -> None:
+    if not (args.data or args.text or args.pairs or args.tasks or args.leaderboard):
+        raise BadInput("nothing to score on; give --data, --text, --pairs, --tasks or --leaderboard")
+    for name in ("batch_size", "length", "stride", "max_length", "max_prompt_length", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+    if args.reference and not args.pairs:
+        raise BadInput("--reference is for --pairs; add them")
+    if args.tasks and args.leaderboard:
+        raise BadInput("--tasks and --leaderboard: one of them says which tasks")
+    if (args.few_shot is not None or args.include or args.chat) and not args.tasks:
+        raise BadInput("--few-shot, --include and --chat are for --tasks; the leaderboard has its own")
+    if not args.max_prompt_length < args.max_length:
+        raise BadInput(f"--max-prompt-length {args.max_prompt_length} leaves no room for answers in {args.max_length}")
+
+
+def _questions(source: str) -> list[dict]:
+    from minichat import sources
 
     records = []
-    for where, record in sources.all_records(sources.find(args.data)):
+    for where, record in sources.all_records(sources.find(source)):
         if isinstance(record, BadInput):
             raise BadInput(f"{where}: {record}")
         if not isinstance(record.get("question"), str) or "answer" not in record:
             raise BadInput(f"{where}: fields {sorted(record)}; wanted: question + answer")
         records.append(record)
     if not records:
-        raise BadInput(f"{args.data}: no record")
-    model, tokenizer = cli.load(args)
-    template = chat.template_text(args.template, tokenizer)
-    scores = exact_match(model, tokenizer, records, template, args.batch_size, args.max_new_tokens)
-    if args.json:
-        print(json.dumps(scores))
-    else:
-        print(f"exact match {scores['exact_match']:.1%} of {len(records)}")
-    print(f"minichat: {args.model} on {args.data}", file=sys.stderr)
+        raise BadInput(f"{source}: no record")
+    return records
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text: byte {error.start}") from None
+
+
+def _preferences(args, model, tokenizer, template: str) -> dict[str, float]:
+    from minichat import examples, sources, store, weights
+    from minichat.metrics import show
+
+    encoder = examples.Dpo(tokenizer, template, args.max_length, args.max_prompt_length)
+    items, report = store.load(sources.find(args.pairs), encoder)
+    show(f"minichat: {args.pairs}: {report}")
+    report.check()
+    reference = None
+    if args.reference:
+        reference, other = weights.load_model(
+            args.reference, args.device, cli.torch_dtype(args.dtype), cli.scheme(args)
+        )
+        if other.fingerprint != tokenizer.fingerprint:
+            raise BadInput(f"--reference {args.reference} has another tokenizer than {args.model}")
+    return preferences(model, items, args.batch_size, reference)
+
+
+def _harness():
+    try:
+        from minichat import harness
+    except ModuleNotFoundError as error:
+        raise BadInput(f"tasks need lm-eval ({error}): pip install 'minichat[eval]'") from None
+    return harness
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What a run reports: metrics.jsonl, and a progress bar or, where there is no terminal, plain lines."""
 
 import errno
+import hashlib
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,14 +33,47 @@ WATCHED = {
 }
 
 
+def follower(log: str, folder: Path, flags: dict) -> Callable[[dict], None]:
+    """What is called with every record that a run logs, to show it elsewhere. Raises BadInput without the extra."""
+    try:
+        if log == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(folder / "tensorboard")
+
+            def follow(record: dict) -> None:
+                for key, value in record.items():
+                    if key != "step":
+                        writer.add_scalar(key, value, record["step"])
+                writer.flush()
+
+            return follow
+        import wandb
+    except ImportError as error:
+        raise BadInput(f"--log {log} needs it ({error}): pip install 'minichat[{log}]'") from None
+    # a run that resumes goes on under the same id: that of its folder and its flags
+    known = f"{folder.resolve()} {(folder / 'config.json').read_text()}"
+    id = hashlib.sha256(known.encode()).hexdigest()[:16]
+    run = wandb.init(project="minichat", name=folder.name, id=id, resume="allow", dir=str(folder), config=flags)
+    return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+
 class Metrics:
     """Writes one object per logged step to folder/metrics.jsonl and shows it on stderr. A context manager.
 
     folder None keeps no file. Every object has at least what it is given and `seconds` since the start. resume: keep
-    what the file holds, until rewind() says how much of it counts.
+    what the file holds, until rewind() says how much of it counts. followers: called with every object as well.
     """
 
-    def __init__(self, folder: Path | None, steps: int, what: str, resume: bool = False):
+    def __init__(
+        self,
+        folder: Path | None,
+        steps: int,
+        what: str,
+        resume: bool = False,
+        followers: Sequence[Callable[[dict], None]] = (),
+    ):
+        self.followers = followers
         # unbuffered: a line is in the file, or writing it has failed
         self.file = (folder / "metrics.jsonl").open("ab" if resume else "wb", buffering=0) if folder else None
         self.start = time.perf_counter()
@@ -87,6 +122,8 @@ class Metrics:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
                 raise BadInput(f"{self.file.name}: cannot be written: {error.strerror}") from None
+        for follow in self.followers:
+            follow(record)
         shown = {key: _short(value) for key, value in record.items() if key not in ("step", "tokens", "seconds")}
         if self.bar is not None:
             watched = {name: shown[key] for key, name in WATCHED.items() if key in shown}

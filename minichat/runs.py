@@ -19,8 +19,9 @@ from minichat.tokenizer import Tokenizer
 
 EMBEDDED = {"sft": ("sft", 5000), "dpo": ("pairs", 1000)}  # without --data: kind and number of records
 # flags that do not decide a run's numbers, or whose content is compared instead
-NOT_DECIDING = ("out", "overwrite", "resume", "save_every", "keep", "log_every", "device", "gradient_checkpointing",
-                "strict", "save_dtype", "model", "template", "format", "data", "eval_data", "eval_split")  # fmt: skip
+NOT_DECIDING = ("out", "overwrite", "resume", "save_every", "keep", "log_every", "log", "device", "save_dtype",
+                "gradient_checkpointing", "strict", "model", "template", "format", "data", "eval_data",
+                "eval_split")  # fmt: skip
 
 
 def say(text: str) -> None:
@@ -171,7 +172,8 @@ def train(
             save_adapter(model, tokenizer, folder / "adapter", encoder.template, stop_ids)
 
     saved = checkpoint.Checkpoints(args.out, run, save, args.save_every, args.keep)
-    with metrics.Metrics(args.out, total, what, bool(found)) as log, saved.stopping():
+    followers = [metrics.follower(name, args.out, run) for name in args.log or ()]
+    with metrics.Metrics(args.out, total, what, bool(found), followers) as log, saved.stopping():
         try:
             training.fit(model, method, items, settings, log, eval_items, saved, bool(found))
         except checkpoint.Stopped as stopped:

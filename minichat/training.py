@@ -55,7 +55,7 @@ def sft() -> Method:
     """Cross-entropy over target tokens: the mean over all of an optimiser step's, however the step is split."""
 
     def objective(model, tensors):
-        hidden = _hidden(model, tensors)
+        hidden = hidden_states(model, tensors)
         logps = losses.target_logps(hidden, model.lm_head, tensors["index"], tensors["labels"])
         return {"loss": -(logps * tensors["weights"]).sum()}
 
@@ -65,7 +65,7 @@ def sft() -> Method:
     return Method(objective, data.sft_batch, summary)
 
 
-def _hidden(model: nn.Module, tensors: dict) -> Tensor:
+def hidden_states(model: nn.Module, tensors: dict) -> Tensor:
     """The decoder's output for a batch's rows, (B, T, D)."""
     return model.model(tensors["ids"], tensors.get("positions"), documents=tensors.get("documents"))
 
@@ -78,7 +78,7 @@ def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, 
 
     def logps(model, tensors):
         count = 2 * tensors["pairs"]
-        hidden = _hidden(model, tensors)
+        hidden = hidden_states(model, tensors)
         each = losses.target_logps(hidden, model.lm_head, tensors["index"], tensors["labels"]) * tensors["weights"]
         sums = losses.row_sums(each, tensors["document"], count)
         if kind == "ipo":  # the mean over the answer's tokens, not their sum

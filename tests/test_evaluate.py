@@ -1,10 +1,24 @@
 """Scores: the number that an answer ends in, and the share of right ones against a loop over the records."""
 
+import argparse
+import json
+import math
+import random
+
 import pytest
+import torch
+from helpers import make
 
 import minichat
-from minichat import chat
+from minichat import chat, evaluate
+from minichat.errors import BadInput
 from minichat.evaluate import exact_match, last_number
+from minichat.examples import Pair
+
+try:
+    from minichat import harness
+except ModuleNotFoundError:  # without lm-eval
+    harness = None
 
 NUMBERS = {
     "So, the sum of 100, 520, and 60 is 680.": "680",
@@ -64,3 +78,206 @@ def test_the_embedded_answers_are_right_by_their_own_rule():
         assert chosen.isdigit() and rejected.isdigit() and int(first[0]) <= int(chosen)
     for record in sums.records("test", 200, 3):
         assert last_number(sums.worked(record["numbers"], sum(record["numbers"]))) == record["answer"]
+
+
+# ---- log-probabilities ----
+
+
+@torch.no_grad()
+def test_logps_are_the_definition():
+    """Sums over the tokens that count, their number, and whether each is the most likely one; the first is left out."""
+    model, rng = make(), random.Random(0)
+    sequences = []
+    for n in (2, 30, 7, 1, 19):
+        ids = [rng.randrange(97) for _ in range(n)]
+        sequences.append((ids, [rng.random() < 0.6 for _ in ids]))
+    for _ in range(3):  # what the model says itself
+        ids = minichat.generate(model, [[5, 6]], 8, stop_ids=())[0]
+        sequences.append(([5, 6, *ids], [0, 0] + [1] * 8))
+    expected = []
+    for ids, mask in sequences:
+        table = model(torch.tensor([ids]))[0].double().log_softmax(-1)
+        at = [t for t in range(1, len(ids)) if mask[t]]
+        total = sum(float(table[t - 1, ids[t]]) for t in at)
+        expected.append((total, len(at), all(int(table[t - 1].argmax()) == ids[t] for t in at)))
+    assert [e[2] for e in expected[-3:]] == [True] * 3 and not expected[1][2]
+    for batch_size in (1, 3, 99):
+        for found, known in zip(evaluate.logps(model, sequences, batch_size), expected):
+            assert found == (pytest.approx(known[0], abs=1e-4), known[1], known[2])
+
+
+@pytest.mark.parametrize("length, stride", [(16, 16), (16, 8), (16, 5), (512, 512), (40, 1)])
+@torch.no_grad()
+def test_perplexity_is_that_of_transformers_windows(base, length, stride):
+    """The documentation's loop: windows that advance by the stride, each token scored where it comes first."""
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = minichat.load(base)
+    text = "The sum of 12 and 30 is 42. Größer ist besser! " * 3
+    other = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    ids = torch.tensor([[tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(text)])
+    total, count, before = 0.0, 0, 0
+    for start in range(0, ids.shape[1], stride):
+        end = min(start + length, ids.shape[1])
+        window, labels = ids[:, start:end], ids[:, start:end].clone()
+        labels[:, : -(end - before)] = -100
+        scored = int((labels[:, 1:] != -100).sum())
+        if scored:
+            total += float(other(window, labels=labels).loss) * scored
+        count, before = count + scored, end
+        if end == ids.shape[1]:
+            break
+    found = evaluate.perplexity(model, tokenizer, text, length, stride, 4)
+    if stride < length or length > ids.shape[1]:  # a chunk's first token has nothing before it there
+        assert found["tokens"] == count == ids.shape[1] - 1
+    assert found["tokens"] == count
+    assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-5)
+
+
+def test_preference_accuracy_is_counted_pair_by_pair():
+    model, reference, rng = make(), make(seed=1), random.Random(0)
+    some = lambda: [rng.randrange(97) for _ in range(rng.randrange(2, 9))]  # noqa: E731
+    pairs = [Pair(some(), some(), some()) for _ in range(40)]
+    pairs[0].masks = [1] * len(pairs[0].chosen), [0] * (len(pairs[0].rejected) - 1) + [1]
+
+    @torch.no_grad()
+    def scores(model, pair):
+        for answer, mask in zip((pair.chosen, pair.rejected), pair.masks):
+            table = model(torch.tensor([pair.prompt + answer]))[0].log_softmax(-1)
+            each = [float(table[len(pair.prompt) - 1 + i, t]) for i, t in enumerate(answer) if mask[i]]
+            yield sum(each), sum(each) / len(each)
+
+    mine, theirs = ([list(scores(m, p)) for p in pairs] for m in (model, reference))
+    expected = {
+        "preference accuracy, sum": sum(good[0] > bad[0] for good, bad in mine) / 40,
+        "preference accuracy, mean": sum(good[1] > bad[1] for good, bad in mine) / 40,
+        "reward accuracy": sum(g[0] - rg[0] > b[0] - rb[0] for (g, b), (rg, rb) in zip(mine, theirs)) / 40,
+    }
+    assert len(set(expected.values())) == 3
+    assert evaluate.preferences(model, pairs, 7, reference) == pytest.approx(expected)
+    del expected["reward accuracy"]
+    assert evaluate.preferences(model, pairs, 40) == pytest.approx(expected)
+
+
+def test_a_table_puts_a_card_beside():
+    scores = {"arc_challenge, acc_norm": 0.5, "drop, f1": 0.25, "tokens": 12345}
+    assert evaluate.table(scores, "neural-chat-7b-v3-2").splitlines() == [
+        "| score | this model | neural-chat-7b-v3-2, its card |",
+        "| --- | ---: | ---: |",
+        "| arc_challenge, acc_norm | 0.5000 | 0.6749 |",
+        "| drop, f1 | 0.2500 | – |",
+        "| tokens | 12,345 | – |",
+    ]
+    assert evaluate.table({"perplexity": 3.14159}).splitlines()[-1] == "| perplexity | 3.1416 |"
+
+
+# ---- lm-eval ----
+
+QUESTIONS = [
+    {"question": f"How much is {a} + {b}?", "choices": [str(a + b), str(a + b + 1), str(a * b)], "answer": a % 3}
+    for a in range(3, 10)
+    for b in (4, 11)
+]
+TASKS = {
+    "chosen": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_target": "answer",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "read": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}} It is {{choices[0]}}, and not {{choices[1]}}. " * 9,  # longer than the context
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+    "written": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["7", "\n\n"], "max_gen_toks": 12},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    if harness is None:
+        pytest.skip("needs lm-eval")
+    (tmp_path / "questions.jsonl").write_text("".join(f"{json.dumps(q)}\n" for q in QUESTIONS))
+    files = {"data_files": {"test": str(tmp_path / "questions.jsonl")}}
+    for name, task in TASKS.items():
+        common = {"task": f"minichat_{name}", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({**common, **task}))  # JSON is YAML
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "int4"])
+def test_lm_eval_gets_what_its_own_model_computes(base, tasks, tmp_path, quantised, capsys):
+    """Log-likelihoods to 1e-4, greedy answers, metrics: of a model whose weights are bf16, or INT4."""
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "model"
+    model, tokenizer = minichat.load(base, int4=quantised)
+    # no tokens of single bytes: what is no UTF-8, a stream has to show otherwise than a text that is decoded at its end
+    model.lm_head.weight.data[[i for i in range(300) if "\ufffd" in tokenizer.decode([i])]] = 0
+    minichat.save(model if quantised else model.to(torch.bfloat16), tokenizer, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "max_position_embeddings": 64}))
+    model, tokenizer = minichat.load(folder, dtype=torch.float32)
+    other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    theirs = HFLM(pretrained=other, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=4)
+    ours = harness.Harness(model, tokenizer, None, 4)
+    names = [f"minichat_{name}" for name in TASKS]
+    found = []
+    for each in (ours, theirs):
+        manager = TaskManager(include_path=str(tasks), include_defaults=False)
+        found.append(evaluator.simple_evaluate(each, tasks=names, task_manager=manager, bootstrap_iters=0))
+    for name in names:
+        one, two = ({k: v for k, v in f["results"][name].items() if isinstance(v, float)} for f in found)
+        assert len(one) >= 1 and one == pytest.approx(two, abs=1e-4, rel=1e-4)
+        for a, b in zip(*(f["samples"][name] for f in found)):
+            one, two = flat(a["resps"]), flat(b["resps"])
+            assert one == (
+                two if isinstance(two[0], str) else pytest.approx(two, abs=1e-4, rel=1e-6)
+            )  # they add in fp32
+    args = argparse.Namespace(
+        tasks="minichat_chosen", leaderboard=False, few_shot=2, include=str(tasks), limit=6, batch_size=3
+    )
+    again = harness.scores(model, tokenizer, None, args)
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    more = dict(num_fewshot=2, limit=6, bootstrap_iters=0, task_manager=manager)
+    expected = evaluator.simple_evaluate(theirs, tasks=["minichat_chosen"], **more)["results"]["minichat_chosen"]
+    assert again == {
+        "minichat_chosen, acc": pytest.approx(expected["acc,none"]),
+        "minichat_chosen, acc_norm": pytest.approx(expected["acc_norm,none"]),
+    }
+    with pytest.raises(BadInput, match="task 'minichat_none' is unknown"):
+        harness.scores(model, tokenizer, None, argparse.Namespace(**{**vars(args), "tasks": "minichat_none"}))
+
+
+def flat(value):
+    return [inner for each in value for inner in flat(each)] if isinstance(value, list | tuple) else [value]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_asks_in_the_chat_template(base):
+    """A request is the template's text, its special tokens are those that it writes, and no BOS is added to it."""
+    if harness is None:
+        pytest.skip("needs lm-eval")
+    model, tokenizer = minichat.load(base)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 2?"}]
+    for name in ("neuralchat", "zephyr", "chatml"):
+        template = chat.template_text(name, tokenizer)
+        asked = harness.Harness(model, tokenizer, template, 1)
+        text = asked.apply_chat_template(messages)
+        assert text == chat.text(messages, name, tokenizer, True) and asked.chat_template(True) == template
+        assert asked.tok_encode(text) == chat.prompt_ids(messages, name, tokenizer)
+    assert harness.Harness(model, tokenizer, None, 1).chat_template(False) is None

@@ -17,10 +17,10 @@ LAYERS = [
     {"examples", "weights", "generation"},
     {"data", "store", "checkpoint"},
     {"training"},
-    {"cli", "runs", "converse", "evaluate", "assets"},
+    {"cli", "runs", "converse", "evaluate", "harness", "assets"},
 ]
 # within a layer: who may import whom
-BESIDE = {"runs": {"cli", "assets"}, "converse": {"runs"}, "evaluate": {"cli"}}
+BESIDE = {"runs": {"cli", "assets"}, "converse": {"runs"}, "evaluate": {"cli", "harness"}, "harness": {"evaluate"}}
 HEAVY = {
     "tokenizers",
     "jinja2",

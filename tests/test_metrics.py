@@ -6,10 +6,12 @@ import math
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
 from minichat import metrics
+from minichat.errors import BadInput
 from minichat.metrics import Metrics
 
 SFT = [
@@ -143,3 +145,80 @@ def test_the_picture_shows_what_the_run_has(tmp_path, monkeypatch, records, pane
     assert not plt.get_fignums()  # closed: many runs in one process keep no figure alive
     image = plt.imread(tmp_path / "loss.png")
     assert image.shape[1] > 300 * len(panels) and image.std() > 0
+
+
+def test_several_runs_are_drawn_over_each_other(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from minichat import cli, plots
+
+    seen = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k))[1])
+    monkeypatch.chdir(tmp_path)
+    for name, records in (("a", DPO), ("b", EVALUATED)):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, records)
+    monkeypatch.setattr(sys, "argv", ["plots", "a", "b", "--out", "both.svg"])
+    cli.run(plots.main)
+    assert capsys.readouterr().out.strip() == "both.svg" and "<svg" in (tmp_path / "both.svg").read_text()
+    found = {axis.get_title(): {line.get_label() for line in axis.lines} for axis in seen[0].axes}
+    assert found["loss"] == {"a", "a, eval loss", "b", "b, eval loss"} and found["accuracy"] == {"a"}
+    colours = {line.get_label()[0]: line.get_color() for line in seen[0].axes[0].lines}
+    assert colours["a"] != colours["b"]
+    (tmp_path / "c").mkdir()
+    for folder, why in (("c", "no run with metrics"), ("none", "no run with metrics")):
+        monkeypatch.setattr(sys, "argv", ["plots", "a", folder])
+        with pytest.raises(SystemExit) as stop:
+            cli.run(plots.main)
+        assert stop.value.code == 2 and why in capsys.readouterr().err
+    (tmp_path / "c" / "metrics.jsonl").touch()
+    with pytest.raises(BadInput, match="logged nothing"):
+        plots.draw([tmp_path / "c"], tmp_path / "x.png")
+
+
+def test_a_disk_that_is_full_names_the_file(tmp_path):
+    full = Metrics(tmp_path, 4, "sft")
+    full.file.close()
+    full.file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.raises(BadInput, match="/dev/full: cannot be written: No space left on device"), full:
+        full.write(SFT[0])
+
+
+def test_wandb_is_followed_and_goes_on_under_the_same_id(tmp_path, monkeypatch):
+    """By its documented calls: init with project, id, resume and config; log with step."""
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((values, step))
+
+    def init(**given):
+        calls.append(given)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    (tmp_path / "config.json").write_text("{}")
+    for _ in range(2):
+        with Metrics(tmp_path, 4, "sft", followers=[metrics.follower("wandb", tmp_path, {"--lr": 1})]) as out:
+            out.write(SFT[1])
+    (first, (values, step)), (second, _) = calls[:2], calls[2:]
+    assert first == second and first["config"] == {"--lr": 1} and first["resume"] == "allow" and first["id"]
+    assert step == 2 and values["loss"] == SFT[1]["loss"] and "step" not in values
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BadInput, match=r"--log wandb needs it .*pip install 'minichat\[wandb\]'"):
+        metrics.follower("wandb", tmp_path, {})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_reads_what_is_followed(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Metrics(tmp_path, 4, "sft", followers=[metrics.follower("tensorboard", tmp_path, {})]) as out:
+        for record in SFT:
+            out.write(record)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in SFT]
+    assert "step" not in events.Tags()["scalars"]
