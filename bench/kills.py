@@ -1,6 +1,6 @@
 """A run that is killed again and again, and resumed each time, against the same run left alone: the same numbers?
 
-    python bench/kills.py                  # at least 50 kills of an SFT run and of a DPO run: about 3 minutes
+    python bench/kills.py                  # some 60 kills of an SFT run and of a DPO run: about 2 minutes
     python bench/kills.py --kills 5 --steps 12
 
 SIGKILL hits train.py --resume, or dpo.py, at a random moment: while it starts, trains or saves. After each one every
@@ -89,46 +89,54 @@ def result(out: Path) -> tuple[list[dict], bytes]:
     return numbers, {name: tensor.numpy().tobytes() for name, tensor in sorted(tensors.items())}
 
 
-def check(out: Path) -> int:
-    """How many checkpoints there are, all of which can be read."""
-    found = checkpoint.read(out)
-    for path, _ in found:
+def check(out: Path) -> None:
+    """Read all checkpoints that are there."""
+    for path, _ in checkpoint.read(out):
         files.read_tensors(path / checkpoint.TENSORS)
         files.read_tensors(path / "adapter" / "adapter_model.safetensors")
-    return len(found)
+
+
+def latest(out: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in (out / checkpoint.FOLDER).glob("step-*")), default=0)
 
 
 def torture(script: str, folder: Path, kills: int, steps: int, save_every: int, rng: random.Random) -> dict:
+    """Kill a run about `kills` times and see it through; a fifth of its lives end while it starts."""
+    straight, out = f"{script}-straight", folder / f"{script}-killed"
     began = time.perf_counter()
-    if code := finished(start(script, folder, f"{script}-straight", steps, save_every)):
-        sys.exit(f"error: {script} failed with exit code {code}: {(folder / f'{script}-straight.log').read_text()}")
+    if code := finished(start(script, folder, straight, steps, save_every)):
+        sys.exit(f"error: {script} failed with exit code {code}: {(folder / f'{straight}.log').read_text()}")
     life = time.perf_counter() - began
-    expected, done = result(folder / f"{script}-straight"), {"before the first checkpoint": 0, "later": 0}
-    out = folder / f"{script}-killed"
+    done = {"while it starts": 0, "while it trains or saves": 0}
     while True:
-        pid = start(script, folder, out.name, steps, save_every)
-        # some of the last steps are left for as many lives as are still wanted
+        before, pid = latest(out), start(script, folder, out.name, steps, save_every)
         left = kills - sum(done.values())
-        latest = max((known["step"] for _, known in checkpoint.read(out)), default=0) if out.exists() else 0
-        if left > 0 or rng.random() < 0.5:
-            pace = (steps - latest) / max(left, 1) / steps
-            time.sleep(rng.uniform(0, 0.25 + life * pace))
+        early = rng.random() < 0.2
+        if left > 0 and early:
+            time.sleep(rng.uniform(0, 0.2))
+            os.kill(pid, signal.SIGKILL)
+        elif left > 0:
+            while latest(out) <= before and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                time.sleep(0.002)
+            # some of the steps that are left for each of the lives that are
+            time.sleep(rng.uniform(0, 0.7 * life / steps * max(1, (steps - before) / left)))
             os.kill(pid, signal.SIGKILL)
         code = finished(pid)
         if code == 0:
             break
         if code != -signal.SIGKILL:
             sys.exit(f"error: {script} --resume failed with {code}: {(folder / f'{out.name}.log').read_text()[-2000:]}")
-        done["later" if check(out) else "before the first checkpoint"] += 1
-    same = result(out) == expected
-    print(f"{script}: {sum(done.values())} kills, {steps} steps: {'the same' if same else 'NOT the same'}", flush=True)
+        check(out)
+        done["while it starts" if latest(out) == before else "while it trains or saves"] += 1
+    same = result(out) == result(folder / straight)
+    print(f"{script}: killed {done}, {steps} steps: {'the same' if same else 'NOT the same'}", flush=True)
     return {"kills": done, "steps": steps, "same": same}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="of each run, at the least")
-    parser.add_argument("--steps", type=int, default=60, help="of each run")
+    parser.add_argument("--kills", type=int, default=60, help="of each run, about")
+    parser.add_argument("--steps", type=int, default=120, help="of each run")
     parser.add_argument("--save-every", type=int, default=1, metavar="STEPS")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--record", action="store_true", help="write bench/results/kills.json")
