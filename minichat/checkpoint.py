@@ -56,7 +56,8 @@ class Checkpoints:
 
     def _is_best(self, record: dict) -> bool:
         known = [known["eval_loss"] for _, known in self._all() if known["eval_loss"] is not None]
-        return "eval_loss" in record and all(record["eval_loss"] < other for other in known)
+        loss = record.get("eval_loss", math.nan)
+        return math.isfinite(loss) and all(loss < other for other in known)
 
     def save(self, step: int, model: nn.Module, optimizer: AdamW, metrics: Metrics, record: dict) -> None:
         """Write step-N and delete what is not kept. Raises BadInput, and leaves all as it was, if it fails."""

@@ -1,11 +1,13 @@
 """What the three scripts share: flags, the run folder, and one line for whatever is wrong. Imports no torch."""
 
 import argparse
+import importlib.util
 import json
 import math
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -214,6 +216,11 @@ def check_training(args: argparse.Namespace) -> None:
         raise BadInput("--dtype float16 loses small gradients; train in bfloat16 or float32")
     if args.eval_every and not (args.eval_data or args.eval_split):
         raise BadInput(f"--eval-every {args.eval_every} needs --eval-data or --eval-split to evaluate on")
+    for name in args.log or ():
+        if importlib.util.find_spec(name) is None:
+            raise BadInput(f"--log {name} needs it: pip install 'minichat[{name}]'")
+    if getattr(args, "pack", False) and args.epochs > 1000:
+        raise BadInput(f"--epochs is {args.epochs:g}; with --pack, at most 1,000: give --steps")
     if args.full and (args.int4 or args.rslora):
         raise BadInput("--full trains float weights: it goes with neither --int4 nor --rslora")
     if args.adapter and not args.full:  # the new one would be saved as if it had been trained over --model alone
@@ -286,6 +293,7 @@ def start_run(args: argparse.Namespace) -> None:
             old.rename(aside / name)
     (args.out / "metrics.jsonl").touch()  # by it the folder is known as a run's, from its first file on
     content = {
+        "id": secrets.token_hex(8),
         "minichat": __version__,
         "commit": _commit(),
         "command": shlex.join(sys.argv),

@@ -59,7 +59,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The state of the random generators that training draws from: the host's, and the device's own."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state()
+        states[device.type] = torch.get_device_module(device).get_rng_state(device)
     return states
 
 
@@ -67,7 +67,7 @@ def set_random_state(device: torch.device, states: dict[str, torch.Tensor]) -> N
     """Continue from what random_state() gave."""
     torch.set_rng_state(states["cpu"])
     if device.type in states and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[device.type])
+        torch.get_device_module(device).set_rng_state(states[device.type], device)
 
 
 def peak_memory_gib(device: torch.device) -> float:

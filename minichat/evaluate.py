@@ -35,6 +35,7 @@ PUBLISHED = {
     "neural-chat-7b-v3-1": (66.21, 83.64, 62.37, 59.65, 78.14, 19.56, 43.84),
     "neural-chat-7b-v3-2": (67.49, 83.92, 63.55, 59.68, 79.95, 55.12, None),
 }
+TOKENS = 1 << 14  # in a forward pass, at the most: a bound on its memory
 
 
 def last_number(text: str) -> str:
@@ -78,6 +79,8 @@ def logps(model, sequences: Sequence[tuple[list[int], list[int]]], batch_size: i
     items = [Example(ids, mask) for ids, mask in sequences]
     found: list[tuple[float, int, bool]] = [(0.0, 0, True)] * len(items)
     where = model.device
+    longest = max(map(len, items), default=1)
+    batch_size = max(1, min(batch_size, TOKENS // longest))
     with torch.inference_mode():
         for rows in data.by_length(data.lengths(items), batch_size):
             indices = [i for row in rows for i in row]
@@ -101,10 +104,11 @@ def perplexity(model, tokenizer, text: str, length: int, stride: int, batch_size
     """Of a text, read in windows of `length` tokens that advance by `stride`; each token is scored once, in the first
     window that reaches it. stride == length is chunked: the first token of a chunk follows from nothing there.
 
-    perplexity: exp of the mean loss per token. bits_per_byte: the loss over the text's UTF-8 bytes, which compares
-    models with other tokenizers. Raises BadInput for a text without two tokens.
+    perplexity: exp of the mean loss per token. bits_per_byte: that mean for all of the text's tokens, over its UTF-8
+    bytes, which compares models with other tokenizers. Raises BadInput for a text without two tokens.
     """
-    ids = [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(text)
+    content = tokenizer.encode(text)
+    ids = [tokenizer.bos_id] * tokenizer.add_bos + content
     if len(ids) < 2:
         raise BadInput(f"a text of {len(ids)} tokens has nothing to predict; give a longer one")
     sequences, scored = [], 0
@@ -119,7 +123,7 @@ def perplexity(model, tokenizer, text: str, length: int, stride: int, batch_size
     loss, tokens = -sum(total for total, _, _ in found), sum(count for _, count, _ in found)
     from minichat import losses
 
-    bits = loss / math.log(2) / len(text.encode("utf-8", "surrogatepass"))
+    bits = loss / tokens * len(content) / math.log(2) / len(text.encode("utf-8", "surrogatepass"))
     return {"perplexity": losses.perplexity(loss / tokens), "bits_per_byte": bits, "tokens": tokens}
 
 
@@ -201,10 +205,16 @@ def main() -> None:
 
     from minichat import chat
 
-    # what can be wrong with files is told before a model is loaded
+    # what can be wrong with names and files is told before a model is loaded
     questions = _questions(args.data) if args.data else None
     text = _text(args.text) if args.text else None
-    harness = _harness() if args.tasks or args.leaderboard else None
+    if args.pairs:
+        from minichat import sources, weights
+
+        sources.find(args.pairs)
+        if args.reference:
+            weights.resolve(args.reference)
+    tasks = _tasks(args) if args.tasks or args.leaderboard else None
     model, tokenizer = cli.load(args)
     template = chat.template_text(args.template, tokenizer)
     scores, answers = {}, {}
@@ -222,18 +232,31 @@ def main() -> None:
         scores |= perplexity(model, tokenizer, text, length, stride, args.batch_size)
     if args.pairs:
         scores |= _preferences(args, model, tokenizer, template)
-    if harness:
-        scores |= harness.scores(model, tokenizer, template if args.chat else None, args)
-    print(json.dumps({"model": str(args.model), **scores, **answers}) if args.json else table(scores, args.beside))
+    failed = []
+    if tasks:
+        from minichat import harness
+
+        found, failed = harness.scores(model, tokenizer, template if args.chat else None, tasks, args)
+        scores |= found
+    if scores:
+        print(json.dumps({"model": str(args.model), **scores, **answers}) if args.json else table(scores, args.beside))
+    if failed:
+        raise BadInput("; ".join(failed))
 
 
 def _check(args) -> None:
     if not (args.data or args.text or args.pairs or args.tasks or args.leaderboard):
         raise BadInput("nothing to score on; give --data, --text, --pairs, --tasks or --leaderboard")
-    for name in ("batch_size", "length", "stride", "max_length", "max_prompt_length", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+    least = {"length": 2, "few_shot": 0}
+    names = ("batch_size", "max_new_tokens", "length", "stride", "max_length", "max_prompt_length", "limit", "few_shot")
+    for name in names:
+        value, least_of_it = getattr(args, name), least.get(name, 1)
+        if value is not None and value < least_of_it:
+            raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be {least_of_it} or more")
+    if (args.length or args.stride) and not args.text:
+        raise BadInput("--length and --stride are for --text; add it")
+    if args.limit and not (args.tasks or args.leaderboard):
+        raise BadInput("--limit is for --tasks and --leaderboard")
     if args.reference and not args.pairs:
         raise BadInput("--reference is for --pairs; add them")
     if args.tasks and args.leaderboard:
@@ -284,12 +307,13 @@ def _preferences(args, model, tokenizer, template: str) -> dict[str, float]:
     return preferences(model, items, args.batch_size, reference)
 
 
-def _harness():
+def _tasks(args):
+    """lm-eval's names of the tasks that the flags ask for."""
     try:
         from minichat import harness
     except ModuleNotFoundError as error:
         raise BadInput(f"tasks need lm-eval ({error}): pip install 'minichat[eval]'") from None
-    return harness
+    return harness.Tasks(args)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 
 from lm_eval import evaluator, utils
 from lm_eval.api.model import TemplateLM
@@ -46,7 +47,11 @@ class Harness(TemplateLM):
         return self.template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return chat.text(chat_history, self.template, self.words, add_generation_prompt)
+        text = chat.text(chat_history, self.template, self.words, add_generation_prompt)
+        if not add_generation_prompt:  # an answer is begun, and is to go on
+            begun = chat_history[-1]["content"].rstrip()
+            text = text[: text.rindex(begun) + len(begun)]
+        return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         add = self.words.add_bos and self.template is None if add_special_tokens is None else add_special_tokens
@@ -111,17 +116,27 @@ class Harness(TemplateLM):
         return texts
 
 
-def scores(model, tokenizer, template: str | None, args: argparse.Namespace) -> dict[str, float]:
-    """What the flags --tasks or --leaderboard ask for, by task and metric. Raises BadInput for an unknown task."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=args.include)
-    names = list(evaluate.LEADERBOARD) if args.leaderboard else [name.strip() for name in args.tasks.split(",")]
-    for name in names:
-        if not manager.match_tasks([name]):
-            raise BadInput(f"task {name!r} is unknown to lm-eval; --include names the folder of its YAML file")
+class Tasks:
+    """The tasks that --tasks or --leaderboard name. Raises BadInput for one that lm-eval does not know."""
+
+    def __init__(self, args: argparse.Namespace):
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        if args.include and not os.path.isdir(args.include):
+            raise BadInput(f"--include {args.include}: no such folder")
+        self.manager = TaskManager(include_path=args.include)
+        self.names = list(evaluate.LEADERBOARD) if args.leaderboard else [n.strip() for n in args.tasks.split(",")]
+        for name in self.names:
+            if not self.manager.match_tasks([name]):
+                raise BadInput(f"task {name!r} is unknown to lm-eval; --include names the folder of its YAML file")
+
+
+def scores(
+    model, tokenizer, template: str | None, tasks: Tasks, args: argparse.Namespace
+) -> tuple[dict[str, float], list[str]]:
+    """The scores by task and metric; and a line for each task that failed, which takes no other with it."""
     harness = Harness(model, tokenizer, template, args.batch_size)
-    found = {}
-    for name in names:
+    found, failed = {}, []
+    for name in tasks.names:
         shots, wanted = evaluate.LEADERBOARD[name] if args.leaderboard else (args.few_shot, None)
         try:
             results = evaluator.simple_evaluate(
@@ -129,20 +144,20 @@ def scores(model, tokenizer, template: str | None, args: argparse.Namespace) -> 
                 tasks=[name],
                 num_fewshot=shots,
                 limit=args.limit,
-                task_manager=manager,
+                task_manager=tasks.manager,
                 apply_chat_template=template is not None,
                 log_samples=False,
                 bootstrap_iters=0,
             )["results"]
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise BadInput(f"task {name}: {type(error).__name__}: {error}") from None
+        except Exception as error:  # of code and data that are not ours
+            if "out of memory" in str(error):
+                raise
+            failed.append(f"task {name}: {type(error).__name__}: {error!s:.300}")
+            continue
         for task, metrics in results.items():
             for metric, value in metrics.items():
                 kind = metric.split(",")[0]
-                if (
-                    isinstance(value, float)
-                    and not kind.endswith("_stderr")
-                    and (not wanted or (task, kind) == (name, wanted))
-                ):
+                asked = (task, kind) == (name, wanted) if wanted else not kind.endswith("_stderr")
+                if isinstance(value, float) and asked:
                     found[f"{task}, {metric.removesuffix(',none')}"] = value
-    return found
+    return found, failed

@@ -1,7 +1,6 @@
 """What a run reports: metrics.jsonl, and a progress bar or, where there is no terminal, plain lines."""
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -33,13 +32,15 @@ WATCHED = {
 }
 
 
-def follower(log: str, folder: Path, flags: dict) -> Callable[[dict], None]:
-    """What is called with every record that a run logs, to show it elsewhere. Raises BadInput without the extra."""
+def follower(log: str, folder: Path, flags: dict, resumed_at: int | None = None) -> Callable[[dict], None]:
+    """What is called with every record that a run logs, to show it elsewhere. Raises BadInput if it cannot begin."""
     try:
         if log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(folder / "tensorboard")
+            # what was logged after the checkpoint is logged again
+            purged = None if resumed_at is None else resumed_at + 1
+            writer = SummaryWriter(folder / "tensorboard", purge_step=purged)
 
             def follow(record: dict) -> None:
                 for key, value in record.items():
@@ -51,10 +52,11 @@ def follower(log: str, folder: Path, flags: dict) -> Callable[[dict], None]:
         import wandb
     except ImportError as error:
         raise BadInput(f"--log {log} needs it ({error}): pip install 'minichat[{log}]'") from None
-    # a run that resumes goes on under the same id: that of its folder and its flags
-    known = f"{folder.resolve()} {(folder / 'config.json').read_text()}"
-    id = hashlib.sha256(known.encode()).hexdigest()[:16]
-    run = wandb.init(project="minichat", name=folder.name, id=id, resume="allow", dir=str(folder), config=flags)
+    id = json.loads((folder / "config.json").read_text())["id"]  # a run that resumes keeps it
+    try:
+        run = wandb.init(project="minichat", name=folder.name, id=id, resume="allow", dir=str(folder), config=flags)
+    except Exception as error:
+        raise BadInput(f"--log wandb: {type(error).__name__}: {error}") from None
     return lambda record: run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
 
@@ -104,6 +106,7 @@ class Metrics:
             if position["bytes"] > self.file.seek(0, os.SEEK_END):
                 raise ValueError(f"{self.file.name} has lost lines")
             self.file.truncate(position["bytes"])
+            self.file.seek(position["bytes"])  # or position() would tell where the old end was
         self.start = time.perf_counter() - position["seconds"]
         if self.bar is not None:
             self.bar.reset(self.steps)

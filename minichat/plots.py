@@ -6,12 +6,6 @@ python -m minichat.plots runs/a runs/b --out compare.png       # the same curves
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
-
 from minichat import metrics
 from minichat.errors import BadInput
 
@@ -29,7 +23,14 @@ def draw_run(folder: Path) -> Path:
 
 
 def draw(folders: Sequence[Path], out: Path) -> Path:
-    """Draw the metrics of one or several runs over each other; `out`. Raises BadInput for a run without any."""
+    """Draw the metrics of one or several runs over each other; `out`. Raises BadInput for a run without any, and
+    ImportError without the extra.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
     runs = {}
     for folder in folders:
         try:
@@ -38,9 +39,13 @@ def draw(folders: Sequence[Path], out: Path) -> Path:
             raise BadInput(f"{folder} is no run with metrics: {error}") from None
         if not runs[str(folder)]:
             raise BadInput(f"{folder}: its run has logged nothing yet")
+        if not all(isinstance(r, dict) and isinstance(r.get("step"), int) for r in runs[str(folder)]):
+            raise BadInput(f"{folder}/metrics.jsonl holds a line without a step: it is not a run's")
     alone = len(runs) == 1
     logged = {key for records in runs.values() for record in records for key in record}
     panels = {title: spec for title, spec in PANELS.items() if logged & set(spec[1])}
+    if not panels:
+        raise BadInput(f"{', '.join(runs)}: nothing to draw: no loss, rewards or accuracy was logged")
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False, layout="constrained")
     for axis, (title, (unit, keys)) in zip(axes[0], panels.items()):
         for n, (name, records) in enumerate(runs.items()):
@@ -70,7 +75,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.out.suffix not in (".png", ".svg", ".pdf"):
         raise BadInput(f"--out {args.out}: pictures are .png, .svg or .pdf")
-    print(draw(args.runs, args.out))
+    try:
+        print(draw(args.runs, args.out))
+    except ImportError as error:
+        raise BadInput(f"pictures need matplotlib ({error}): pip install 'minichat[plots]'") from None
 
 
 if __name__ == "__main__":

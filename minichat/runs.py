@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -152,9 +153,12 @@ def train(
     total = training.count_steps(items, settings)
     say(f"{trained:,} weights train on {model.device}, {total} steps")
     if settings.pack:
-        rows = sum(len(batch) for step in training.order(items, settings, 0) for batch in step)
-        share = sum(data.lengths(items)) / (rows * settings.pack)
-        say(f"packed: {rows:,} rows of {settings.pack} tokens, {share:.1%} of them used")
+        rows, known = (
+            [row for step in training.order(items, settings, 0) for batch in step for row in batch],
+            items.lengths(),
+        )
+        share = sum(known[i] for row in rows for i in row) / (len(rows) * settings.pack)
+        say(f"packed: {len(rows):,} rows of {settings.pack} tokens, {share:.1%} of them used")
     if args.resume:
         say(f"resumed after step {found[-1][1]['step']}" if found else f"no checkpoint in {args.out}: from step 1")
     if not found:
@@ -172,7 +176,8 @@ def train(
             save_adapter(model, tokenizer, folder / "adapter", encoder.template, stop_ids)
 
     saved = checkpoint.Checkpoints(args.out, run, save, args.save_every, args.keep)
-    followers = [metrics.follower(name, args.out, run) for name in args.log or ()]
+    at = found[-1][1]["step"] if found else None
+    followers = [metrics.follower(name, args.out, run, at) for name in args.log or ()]
     with metrics.Metrics(args.out, total, what, bool(found), followers) as log, saved.stopping():
         try:
             training.fit(model, method, items, settings, log, eval_items, saved, bool(found))
@@ -180,8 +185,10 @@ def train(
             draw(args.out)
             say(f"stopped at step {stopped.step} of {total}, and saved: the same command with --resume goes on")
             sys.exit(128 + stopped.number)
-    save(args.out)
-    cli.end_run(args)
+        for begun in args.out.glob(f"*/{files.PART}*"):  # by a save that was killed
+            shutil.rmtree(begun, ignore_errors=True)
+        save(args.out)  # still here: what would stop the run now waits for it
+        cli.end_run(args)
     draw(args.out)
     say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
 
@@ -192,6 +199,10 @@ def describe_run(args: argparse.Namespace, model: Mistral, encoder: Sft | Dpo, p
     text = hashlib.sha256(f"{encoder.tokenizer.fingerprint} {encoder.template}".encode()).hexdigest()[:16]
     run = {**flags, "the base": model.identity, "tokenizer and template": text}
     run |= {name: ", ".join(f"{len(part):,} records {part.fingerprint()}" for part in of) for name, of in parts.items()}
+    run |= {
+        "--dtype": str(model.dtype),
+        "the shares of the data": [sources.find(spec).weight for spec in args.data or ()],
+    }
     return json.loads(json.dumps(run))  # as a checkpoint gives it back
 
 

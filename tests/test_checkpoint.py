@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -9,13 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import make
 
-from minichat import checkpoint, data, files, lora, training
+from minichat import checkpoint, data, device, files, lora, training
 from minichat.checkpoint import Checkpoints
 from minichat.errors import BadInput
 from minichat.examples import Example, Pair
@@ -91,6 +93,47 @@ def test_a_run_resumes_from_any_step_as_if_it_had_not_stopped(what, tmp_path):
             assert torch.equal(found[name], weights[name]), (last, name)
 
 
+def test_a_checkpoint_before_the_next_logged_line_knows_where_the_file_ends(tmp_path):
+    """Resumed at 2 of a file that went on to 3, and stopped before another line is logged."""
+    fit("dpo", tmp_path / "straight", every=0)
+    fit("dpo", tmp_path / "run", every=1)
+    for step in (3, 4, 5, 6):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step}", ignore_errors=True)
+    method, items, model, more = RUNS["dpo"]
+    settings = Settings(epochs=2, batch_size=2, lr=1e-2, log_every=99, **more)
+    saved = Checkpoints(tmp_path / "run", {"run": "dpo"}, lambda new: None, 0, 99)
+    watched = training.Method(asking(saved, method().objective), data.dpo_batch, method().summary)
+    with Metrics(tmp_path / "run", 6, "test", resume=True) as metrics, pytest.raises(checkpoint.Stopped):
+        training.fit(model(), watched, items(), settings, metrics, None, saved, True)
+    assert [known["step"] for _, known in checkpoint.read(tmp_path / "run")] == [1, 2, 3]
+    size = (tmp_path / "run" / "metrics.jsonl").stat().st_size
+    assert checkpoint.read(tmp_path / "run")[-1][1]["metrics"]["bytes"] == size
+    fit("dpo", tmp_path / "run", resume=True)
+
+
+def asking(saved, objective):
+    """The objective, in a run that is asked to stop at once."""
+
+    def call(*args):
+        saved.asked = int(signal.SIGTERM)
+        return objective(*args)
+
+    return call
+
+
+def test_a_device_of_several_keeps_its_own_generator(monkeypatch):
+    """By the calls of torch's device modules: without the device they mean the current one."""
+    calls, where = [], torch.device("cuda", 1)
+    module = types.SimpleNamespace(
+        get_rng_state=lambda device: calls.append(device) or torch.zeros(1, dtype=torch.uint8),
+        set_rng_state=lambda state, device: calls.append(device),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    states = device.random_state(where)
+    device.set_random_state(where, states)
+    assert states.keys() == {"cpu", "cuda"} and calls == [where, where]
+
+
 def test_a_run_that_resumes_without_a_checkpoint_begins(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste')
     assert fit("sft", tmp_path, resume=True)[1] == fit("sft", tmp_path / "other")[1]
@@ -111,6 +154,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path):
             there[step] = [known["step"] for _, known in checkpoint.read(tmp_path)]
     assert there[2] == [2] and there[4] == [2, 3] and there[5] == [3, 5] and there[9] == [5, 6, 9]
     assert there[13] == [5, 9, 12]  # 12 is no better than 5
+    assert not Checkpoints(tmp_path / "none", {}, lambda new: None, every=3).due(1, {"eval_loss": math.nan})
     assert not Checkpoints(tmp_path / "none", {}, lambda new: None).due(3, {"eval_loss": 0.1})
 
 

@@ -4,13 +4,14 @@ import argparse
 import json
 import math
 import random
+import sys
 
 import pytest
 import torch
 from helpers import make
 
 import minichat
-from minichat import chat, evaluate
+from minichat import chat, cli, evaluate
 from minichat.errors import BadInput
 from minichat.evaluate import exact_match, last_number
 from minichat.examples import Pair
@@ -127,11 +128,12 @@ def test_perplexity_is_that_of_transformers_windows(base, length, stride):
         if end == ids.shape[1]:
             break
     found = evaluate.perplexity(model, tokenizer, text, length, stride, 4)
+    bits = len(tokenizer.encode(text)) / math.log(2) / len(text.encode())  # a byte, of a nat a token
     if stride < length or length > ids.shape[1]:  # a chunk's first token has nothing before it there
         assert found["tokens"] == count == ids.shape[1] - 1
     assert found["tokens"] == count
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
-    assert found["bits_per_byte"] == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(total / count * bits, rel=1e-5)
 
 
 def test_preference_accuracy_is_counted_pair_by_pair():
@@ -207,11 +209,14 @@ def tasks(tmp_path):
     if harness is None:
         pytest.skip("needs lm-eval")
     (tmp_path / "questions.jsonl").write_text("".join(f"{json.dumps(q)}\n" for q in QUESTIONS))
-    files = {"data_files": {"test": str(tmp_path / "questions.jsonl")}}
     for name, task in TASKS.items():
-        common = {"task": f"minichat_{name}", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
-        (tmp_path / f"{name}.yaml").write_text(json.dumps({**common, **task}))  # JSON is YAML
+        (tmp_path / f"{name}.yaml").write_text(json.dumps({**common(tmp_path, name), **task}))  # JSON is YAML
     return tmp_path
+
+
+def common(folder, name):
+    files = {"data_files": {"test": str(folder / "questions.jsonl")}}
+    return {"task": f"minichat_{name}", "dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
 
 
 @pytest.mark.slow
@@ -251,7 +256,12 @@ def test_lm_eval_gets_what_its_own_model_computes(base, tasks, tmp_path, quantis
     args = argparse.Namespace(
         tasks="minichat_chosen", leaderboard=False, few_shot=2, include=str(tasks), limit=6, batch_size=3
     )
-    again = harness.scores(model, tokenizer, None, args)
+    (tasks / "broken.yaml").write_text(
+        json.dumps({**common(tasks, "broken"), **TASKS["written"], "doc_to_text": "{{a.b}}"})
+    )
+    args.tasks += ",minichat_broken"
+    again, [failed] = harness.scores(model, tokenizer, None, harness.Tasks(args), args)
+    assert failed.startswith("task minichat_broken: ") and "\n" not in str(BadInput(failed))
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     more = dict(num_fewshot=2, limit=6, bootstrap_iters=0, task_manager=manager)
     expected = evaluator.simple_evaluate(theirs, tasks=["minichat_chosen"], **more)["results"]["minichat_chosen"]
@@ -260,7 +270,9 @@ def test_lm_eval_gets_what_its_own_model_computes(base, tasks, tmp_path, quantis
         "minichat_chosen, acc_norm": pytest.approx(expected["acc_norm,none"]),
     }
     with pytest.raises(BadInput, match="task 'minichat_none' is unknown"):
-        harness.scores(model, tokenizer, None, argparse.Namespace(**{**vars(args), "tasks": "minichat_none"}))
+        harness.Tasks(argparse.Namespace(**{**vars(args), "tasks": "minichat_none"}))
+    with pytest.raises(BadInput, match="--include none: no such folder"):
+        harness.Tasks(argparse.Namespace(**{**vars(args), "include": "none"}))
 
 
 def flat(value):
@@ -281,3 +293,74 @@ def test_lm_eval_asks_in_the_chat_template(base):
         assert text == chat.text(messages, name, tokenizer, True) and asked.chat_template(True) == template
         assert asked.tok_encode(text) == chat.prompt_ids(messages, name, tokenizer)
     assert harness.Harness(model, tokenizer, None, 1).chat_template(False) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_begun_answer_goes_on(base):
+    """A task's gen_prefix, as transformers' template has it."""
+    transformers = pytest.importorskip("transformers")
+    if harness is None:
+        pytest.skip("needs lm-eval")
+    model, tokenizer = minichat.load(base)
+    other = transformers.AutoTokenizer.from_pretrained(base)
+    messages = [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", "content": "The answer is"}]
+    for name in ("neuralchat", "zephyr", "chatml"):
+        other.chat_template = template = chat.template_text(name, tokenizer)
+        expected = other.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+        found = harness.Harness(model, tokenizer, template, 1).apply_chat_template(
+            messages, add_generation_prompt=False
+        )
+        assert found == expected and found.endswith("The answer is")
+
+
+WRONG = {
+    "nothing to score": ([], "nothing to score on"),
+    "one token": (["--text", "t.txt", "--length", "1"], "--length is 1; it must be 2 or more"),
+    "stride": (["--text", "t.txt", "--length", "8", "--stride", "9"], "--stride 9 passes over tokens"),
+    "context": (["--text", "t.txt", "--length", "9999999"], "passes the model's context"),
+    "no text": (["--data", "q.jsonl", "--stride", "9"], "--length and --stride are for --text"),
+    "empty text": (["--text", "empty.txt"], "has nothing to predict"),
+    "binary": (["--text", "b.bin"], "b.bin is not UTF-8"),
+    "limit": (["--data", "q.jsonl", "--limit", "9"], "--limit is for --tasks"),
+    "shots": (["--tasks", "x", "--few-shot", "-1"], "--few-shot is -1; it must be 0 or more"),
+    "tokens": (["--data", "q.jsonl", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+    "both": (["--tasks", "x", "--leaderboard"], "--tasks and --leaderboard"),
+    "reference": (["--data", "q.jsonl", "--reference", "x"], "--reference is for --pairs"),
+    "no reference": (["--pairs", "p.jsonl", "--reference", "nowhere"], "nowhere: no such folder"),
+    "no pairs": (["--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
+    "fields": (["--pairs", "q.jsonl"], "q.jsonl"),
+}
+
+
+@pytest.mark.parametrize("flags, why", WRONG.values(), ids=WRONG)
+def test_wrong_flags_are_one_line(base, tmp_path, monkeypatch, capsys, flags, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("The sum of 1 and 2 is 3. " * 9)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "b.bin").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "q.jsonl").write_text('{"question": "1 + 2?", "answer": "3"}\n')
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1 + 2?", "chosen": "3", "rejected": "4"}\n')
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(base), *flags])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(evaluate.main)
+    out, err = capsys.readouterr()
+    assert (
+        stop.value.code == 2 and not out and why in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
+    )
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_several_scores_make_one_table(base, tmp_path, monkeypatch, capsys, as_json):
+    (tmp_path / "t.txt").write_text("The sum of 1 and 2 is 3. " * 9)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1 + 2?", "chosen": "3", "rejected": "4"}\n' * 3)
+    flags = ["--text", str(tmp_path / "t.txt"), "--pairs", str(tmp_path / "p.jsonl"), "--reference", str(base)]
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(base), *flags, *["--json"] * as_json])
+    cli.run(evaluate.main)
+    out = capsys.readouterr().out
+    names = ["perplexity", "bits_per_byte", "tokens", "preference accuracy, sum", "preference accuracy, mean"]
+    if as_json:
+        found = json.loads(out)
+        assert [*found] == ["model", *names, "reward accuracy"]
+        assert found["reward accuracy"] == 0  # over itself nothing is gained
+    else:
+        assert [line.split(" | ")[0][2:] for line in out.splitlines()[2:]] == [*names, "reward accuracy"]

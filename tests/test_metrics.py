@@ -173,9 +173,11 @@ def test_several_runs_are_drawn_over_each_other(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.run(plots.main)
         assert stop.value.code == 2 and why in capsys.readouterr().err
-    (tmp_path / "c" / "metrics.jsonl").touch()
-    with pytest.raises(BadInput, match="logged nothing"):
-        plots.draw([tmp_path / "c"], tmp_path / "x.png")
+    lines = {"": "logged nothing", '{"a": 1}': "without a step", "[1]": "without a step", "{": "no run"}
+    for text, why in {**lines, '{"step": 1, "lr": 1}': "nothing to draw"}.items():
+        (tmp_path / "c" / "metrics.jsonl").write_text(text)
+        with pytest.raises(BadInput, match=why):
+            plots.draw([tmp_path / "c"], tmp_path / "x.png")
 
 
 def test_a_disk_that_is_full_names_the_file(tmp_path):
@@ -199,13 +201,20 @@ def test_wandb_is_followed_and_goes_on_under_the_same_id(tmp_path, monkeypatch):
         return Run()
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"id": "an id"}')  # as a run writes it, and keeps it when it resumes
     for _ in range(2):
         with Metrics(tmp_path, 4, "sft", followers=[metrics.follower("wandb", tmp_path, {"--lr": 1})]) as out:
             out.write(SFT[1])
     (first, (values, step)), (second, _) = calls[:2], calls[2:]
-    assert first == second and first["config"] == {"--lr": 1} and first["resume"] == "allow" and first["id"]
+    assert first == second and first["config"] == {"--lr": 1} and first["resume"] == "allow" and first["id"] == "an id"
     assert step == 2 and values["loss"] == SFT[1]["loss"] and "step" not in values
+
+    def refuse(**_):
+        raise RuntimeError("no API key\nlog in")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    with pytest.raises(BadInput, match="--log wandb: RuntimeError: no API key"):
+        metrics.follower("wandb", tmp_path, {})
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(BadInput, match=r"--log wandb needs it .*pip install 'minichat\[wandb\]'"):
         metrics.follower("wandb", tmp_path, {})

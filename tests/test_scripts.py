@@ -505,6 +505,33 @@ def test_a_stopped_run_resumes_to_the_same_result(done, run, stopped, base, file
     assert code == 0 and "nothing to resume" in err and contents("b") == before
 
 
+def test_a_signal_while_the_result_is_saved_waits_for_it(done, base, files, monkeypatch):
+    real = lora.save
+
+    def save(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(lora, "save", save)
+    done("train.py", "--model", base, "--data", files["sft"], "--out", "a", *SHORT)
+    assert Path("a/adapter/adapter_model.safetensors").exists()
+
+
+def test_a_log_that_is_not_installed_is_told_before_anything_is_written(done, run, base, files, monkeypatch):
+    flags = ("train.py", "--model", base, "--data", files["sft"], "--out", "a", *SHORT)
+    done(*flags)
+    before = contents("a")
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    code, _, err = run(*flags, "--overwrite", "--log", "wandb")
+    assert code == 2 and "pip install 'minichat[wandb]'" in err and contents("a") == before
+
+
+def test_the_share_of_packed_rows_counts_what_is_taken(done, run, base, files):
+    one, other = f"{files['sft']}:0.9", f"{files['text']}:0.1"
+    code, _, err = run("train.py", "--model", base, "--data", one, other, "--out", "a", "--pack", *SHORT)
+    assert code == 0 and 0.3 < float(re.search(r"([0-9.]+)% of them used", err)[1]) / 100 <= 1
+
+
 def test_resuming_says_what_is_not_as_it_was(done, run, stopped, base, files):
     data = Path("d.jsonl")
     shutil.copy(files["sft"], data)
@@ -522,6 +549,8 @@ def test_resuming_says_what_is_not_as_it_was(done, run, stopped, base, files):
     for what in ("--lr is 0.5, was 0.0001", "the base is", "data is 25 records", ", was 24 records", "template is"):
         assert what in err
     assert "--seed" not in err and "--steps" not in err
+    code, _, err = run("train.py", "--model", base, "--data", f"{data}:0.5", "--out", "a", *SHORT, "--resume")
+    assert code == 2 and "the shares of the data is [0.5], was [None]" in err
     code, _, err = run(*flags, "--resume", "--overwrite")
     assert code == 2 and "one of them" in err
     code, _, err = run(*flags)
