@@ -20,7 +20,7 @@ from torch import nn
 
 from minichat import device, files
 from minichat.errors import BadInput
-from minichat.metrics import Metrics
+from minichat.metrics import Metrics, show
 from minichat.optim import AdamW
 
 FOLDER, STATE, TENSORS = "checkpoints", "state.json", "state.safetensors"
@@ -82,14 +82,16 @@ class Checkpoints:
             metrics.rewind({"bytes": 0, "seconds": 0}, 0)
             return 0, 0
         path, known = found[-1]
-        tensors = files.read_tensors(path / TENSORS)
         try:
+            tensors = files.read_tensors(path / TENSORS)
             optimizer.load_state(tensors)
             random = {key.removeprefix("random."): value for key, value in tensors.items() if key.startswith("random.")}
             device.set_random_state(model.device, random)
             metrics.rewind(known["metrics"], known["step"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise BadInput(f"{path} does not fit this run ({error}); delete it to go on from an earlier one") from None
+        except (BadInput, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise BadInput(
+                f"{path} does not fit this run ({error}); delete it, and --resume goes on before it"
+            ) from None
         return known["step"], known["tokens"]
 
     def _superseded(self) -> list[Path]:
@@ -113,6 +115,7 @@ class Checkpoints:
         def ask(number: int, _frame) -> None:
             self.asked = number
             restore()
+            show("\nminichat: stopping after this step, and saving; once more stops at once")
 
         def restore() -> None:
             for number, handler in old.items():
@@ -132,9 +135,12 @@ def read(folder: Path) -> list[tuple[Path, dict]]:
     found = []
     for path in (folder / FOLDER).glob("step-*"):
         if re.fullmatch(r"step-[0-9]+", path.name):
-            known = files.read_json(path / STATE)
+            try:
+                known = files.read_json(path / STATE)
+            except BadInput:
+                known = {}
             if not _is_state(known):
-                raise BadInput(f"{path / STATE} is not a checkpoint's; delete {path} to go on from an earlier one")
+                raise BadInput(f"{path / STATE} is not a checkpoint's; delete {path}, and --resume goes on before it")
             found.append((path, known))
     return sorted(found, key=lambda each: each[1]["step"])
 

@@ -233,13 +233,19 @@ def check_training(args: argparse.Namespace) -> None:
         raise BadInput(f"--eval-split is {args.eval_split}; it must be a share, 0 or more and below 1")
     if args.eval_split and args.eval_data:
         raise BadInput("--eval-split and --eval-data: one of them says what to evaluate on")
+    check_run_folder(args)
+
+
+def check_run_folder(args: argparse.Namespace) -> None:
+    """Raise BadInput if --out cannot take this run; end here if it holds its result."""
     if args.out.exists() and not args.out.is_dir():
         raise BadInput(f"--out {args.out} is a file; it takes a folder")
     if args.resume and args.overwrite:
         raise BadInput("--resume goes on with the run that --overwrite replaces: one of them")
     is_run = (args.out / "metrics.jsonl").exists()
     if args.resume and is_run and any((args.out / kind / last).exists() for kind, last in RESULTS.items()):
-        print(f"minichat: the run in {args.out} is done: nothing to resume", file=sys.stderr)
+        print(f"minichat: the run in {args.out} is done: nothing to resume; train further: --model {args.out} "
+              "--out ANOTHER", file=sys.stderr)  # fmt: skip
         sys.exit(0)
     if is_run and not (args.overwrite or args.resume):
         raise BadInput(
@@ -289,6 +295,8 @@ def start_run(args: argparse.Namespace) -> None:
         if failed:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         else:
+            if not aside.exists():
+                print(f"minichat: the old run is kept in {aside} until this one is done", file=sys.stderr)
             aside.mkdir(exist_ok=True)
             old.rename(aside / name)
     (args.out / "metrics.jsonl").touch()  # by it the folder is known as a run's, from its first file on

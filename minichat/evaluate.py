@@ -141,6 +141,7 @@ def preferences(model, pairs: Sequence, batch_size: int, reference=None) -> dict
 
     mine = of(model)
     scores = {
+        "pairs": len(pairs),
         "preference accuracy, sum": sum(good[0] > bad[0] for good, bad in mine) / len(pairs),
         "preference accuracy, mean": sum(good[0] / good[1] > bad[0] / bad[1] for good, bad in mine) / len(pairs),
     }
@@ -220,7 +221,8 @@ def main() -> None:
     scores, answers = {}, {}
     if questions:
         found = exact_match(model, tokenizer, questions, template, args.batch_size, args.max_new_tokens)
-        scores["exact_match"], answers["answers"] = found["exact_match"], found["answers"]
+        scores |= {"exact_match": found["exact_match"], "questions": len(questions)}
+        answers["answers"] = found["answers"]
     if text is not None:
         context = model.config.max_position_embeddings
         length = args.length or min(model.config.sliding_window or context, context, 4096)

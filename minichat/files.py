@@ -1,5 +1,6 @@
 """Files of JSON and tensors: read with one clear line for what is wrong, written whole or not at all."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -95,6 +96,24 @@ def appearing(folder: Path) -> Iterator[Path]:
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made if it is not there, against other processes. Raises BadInput if one holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process, however that ends
+    except BlockingIOError:
+        os.close(handle)
+        raise BadInput(f"{folder}: another process is at work there; wait for it, or choose another folder") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sync(path: Path) -> None:

@@ -426,7 +426,17 @@ def main() -> None:
     cli.quantise_flags(parser)
     args = parser.parse_args()
     scheme = cli.scheme(args)
-    adapter = Adapter(weights.resolve(args.adapter))
+    folder = weights.resolve(args.adapter)
+    if not (folder / CONFIG).exists():
+        raise BadInput(f"{args.adapter} holds all weights and no adapter: it is a model already")
+    adapter = Adapter(folder)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise BadInput(f"--out {args.out} is there already, and not empty; choose another folder, or delete it")
+    if scheme and adapter.metadata.get("int4"):
+        raise BadInput(
+            f"{args.adapter} was trained over INT4 weights, which cannot take it: merge it into the float ones, and "
+            "infer.py --int4 quantises the result; or use it beside them: infer.py --int4 --model RUN"
+        )
     if args.base is None and (args.only or args.force):
         raise BadInput("--only and --force say how to merge into another base; add --base")
     source, more = args.adapter, {}
@@ -435,10 +445,9 @@ def main() -> None:
             raise BadInput(f"{args.adapter} was trained over another base than {args.base}; --force merges it into it")
         only = args.only and [name.strip() for name in args.only.split(",")]
         source, more = args.base, {"adapter": args.adapter, "only": only}
-    for used in (adapter.folder, weights.chain(source)[0]):
-        if args.out.resolve() == used.resolve():
-            raise BadInput(f"--out {args.out} is what is merged; choose another folder")
     model, tokenizer = weights.load_model(source, "cpu", cli.torch_dtype(args.dtype), scheme, **more)
+    if adapted(model):
+        raise BadInput(f"{args.adapter} lies over INT4 weights, which cannot take it; infer.py uses it beside them")
     weights.save_model(model, tokenizer, args.out)
     print(f"minichat: done: {args.out}; talk to it: python infer.py --model {args.out}", file=sys.stderr)
 

@@ -153,44 +153,44 @@ def train(
     total = training.count_steps(items, settings)
     say(f"{trained:,} weights train on {model.device}, {total} steps")
     if settings.pack:
-        rows, known = (
-            [row for step in training.order(items, settings, 0) for batch in step for row in batch],
-            items.lengths(),
-        )
+        known = items.lengths()
+        rows = [row for step in training.order(items, settings, 0) for batch in step for row in batch]
         share = sum(known[i] for row in rows for i in row) / (len(rows) * settings.pack)
         say(f"packed: {len(rows):,} rows of {settings.pack} tokens, {share:.1%} of them used")
     if args.resume:
         say(f"resumed after step {found[-1][1]['step']}" if found else f"no checkpoint in {args.out}: from step 1")
-    if not found:
-        cli.start_run(args)
-    if args.data is None:
-        sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
-    if bad:
-        (args.out / "bad-records.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
+    with files.alone(args.out):
+        cli.check_run_folder(args)  # again, now that no other run can begin in it
+        if not found:
+            cli.start_run(args)
+        if args.data is None:
+            sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
+        if bad:
+            (args.out / "bad-records.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
 
-    def save(folder: Path) -> None:
-        if args.full:
-            dtype = cli.torch_dtype(args.save_dtype)
-            weights.save_model(model, tokenizer, folder / "model", dtype, encoder.template, stop_ids)
-        else:
-            save_adapter(model, tokenizer, folder / "adapter", encoder.template, stop_ids)
+        def save(folder: Path) -> None:
+            if args.full:
+                dtype = cli.torch_dtype(args.save_dtype)
+                weights.save_model(model, tokenizer, folder / "model", dtype, encoder.template, stop_ids)
+            else:
+                save_adapter(model, tokenizer, folder / "adapter", encoder.template, stop_ids)
 
-    saved = checkpoint.Checkpoints(args.out, run, save, args.save_every, args.keep)
-    at = found[-1][1]["step"] if found else None
-    followers = [metrics.follower(name, args.out, run, at) for name in args.log or ()]
-    with metrics.Metrics(args.out, total, what, bool(found), followers) as log, saved.stopping():
-        try:
-            training.fit(model, method, items, settings, log, eval_items, saved, bool(found))
-        except checkpoint.Stopped as stopped:
-            draw(args.out)
-            say(f"stopped at step {stopped.step} of {total}, and saved: the same command with --resume goes on")
-            sys.exit(128 + stopped.number)
-        for begun in args.out.glob(f"*/{files.PART}*"):  # by a save that was killed
-            shutil.rmtree(begun, ignore_errors=True)
-        save(args.out)  # still here: what would stop the run now waits for it
-        cli.end_run(args)
-    draw(args.out)
-    say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
+        saved = checkpoint.Checkpoints(args.out, run, save, args.save_every, args.keep)
+        at = found[-1][1]["step"] if found else None
+        followers = [metrics.follower(name, args.out, run, at) for name in args.log or ()]
+        with metrics.Metrics(args.out, total, what, bool(found), followers) as log, saved.stopping():
+            try:
+                training.fit(model, method, items, settings, log, eval_items, saved, bool(found))
+            except checkpoint.Stopped as stopped:
+                draw(args.out)
+                say(f"stopped at step {stopped.step} of {total}, and saved: the same command with --resume goes on")
+                sys.exit(128 + stopped.number)
+            for begun in args.out.glob(f"*/{files.PART}*"):  # by a save that was killed
+                shutil.rmtree(begun, ignore_errors=True)
+            save(args.out)  # still here: what would stop the run now waits for it
+            cli.end_run(args)
+        draw(args.out)
+        say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
 
 
 def describe_run(args: argparse.Namespace, model: Mistral, encoder: Sft | Dpo, parts: dict[str, list]) -> dict:

@@ -61,8 +61,10 @@ def _resolved(source: str | Path) -> Path:
             if (inner / CONFIG).exists() or _describes_model(inner / "config.json"):
                 return inner
         if (folder / "metrics.jsonl").exists():
-            saved = " (but checkpoints/, each a model)" if (folder / "checkpoints").exists() else ""
-            raise BadInput(f"{folder} is a run that did not finish: it holds neither model/ nor adapter/{saved}")
+            saved = [path for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdecimal()]
+            last = max(saved, key=lambda path: int(path.name[5:]), default=None)
+            more = f"; go on with --resume, or take its last checkpoint: {last}" if last else ""
+            raise BadInput(f"{folder} is a run that did not finish: it holds neither model/ nor adapter/{more}")
         raise BadInput(f"{folder}: holds neither config.json of a model nor {CONFIG} of an adapter")
     if folder.exists():
         raise BadInput(f"{folder} is a file; --model takes a folder in Hugging Face format, or a hub id")

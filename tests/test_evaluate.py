@@ -151,11 +151,12 @@ def test_preference_accuracy_is_counted_pair_by_pair():
 
     mine, theirs = ([list(scores(m, p)) for p in pairs] for m in (model, reference))
     expected = {
+        "pairs": 40,
         "preference accuracy, sum": sum(good[0] > bad[0] for good, bad in mine) / 40,
         "preference accuracy, mean": sum(good[1] > bad[1] for good, bad in mine) / 40,
         "reward accuracy": sum(g[0] - rg[0] > b[0] - rb[0] for (g, b), (rg, rb) in zip(mine, theirs)) / 40,
     }
-    assert len(set(expected.values())) == 3
+    assert len(set(expected.values())) == 4
     assert evaluate.preferences(model, pairs, 7, reference) == pytest.approx(expected)
     del expected["reward accuracy"]
     assert evaluate.preferences(model, pairs, 40) == pytest.approx(expected)
@@ -357,7 +358,7 @@ def test_several_scores_make_one_table(base, tmp_path, monkeypatch, capsys, as_j
     monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(base), *flags, *["--json"] * as_json])
     cli.run(evaluate.main)
     out = capsys.readouterr().out
-    names = ["perplexity", "bits_per_byte", "tokens", "preference accuracy, sum", "preference accuracy, mean"]
+    names = ["perplexity", "bits_per_byte", "tokens", "pairs", "preference accuracy, sum", "preference accuracy, mean"]
     if as_json:
         found = json.loads(out)
         assert [*found] == ["model", *names, "reward accuracy"]

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import minichat
 from minichat import chat, cli, evaluate, examples, generation, lora, sources, store, training, weights
+from minichat import files as locks
 from minichat.assets import sums
 from minichat.errors import BadInput
 from minichat.int4 import Scheme
@@ -366,8 +367,8 @@ def test_merging_on_the_command_line(done, run, base, files):
     done("lora", "merge", "--adapter", "r", "--base", "q", "--out", "again", "--dtype", "float32")  # its own
     torch.testing.assert_close(minichat.load("again")[0](ids), expected)
     for flags, part in (
-        (("--adapter", "r", "--out", base), "what is merged"),
-        (("--adapter", base, "--out", "n"), "adapter_config.json"),
+        (("--adapter", "r", "--out", base), "not empty"),
+        (("--adapter", base, "--out", "n"), "a model already"),
         (("--adapter", "none", "--out", "n"), "none"),
         (("--adapter", "r", "--out", "n", "--only", "k_proj"), "--base"),
         (("--adapter", "r", "--out", "n", "--base", "q", "--only", "key"), "'key'"),
@@ -515,6 +516,18 @@ def test_a_signal_while_the_result_is_saved_waits_for_it(done, base, files, monk
     monkeypatch.setattr(lora, "save", save)
     done("train.py", "--model", base, "--data", files["sft"], "--out", "a", *SHORT)
     assert Path("a/adapter/adapter_model.safetensors").exists()
+
+
+def test_two_runs_do_not_share_a_folder(done, run, base, files):
+    flags = ("train.py", "--model", base, "--data", files["sft"], "--out", "a", *SHORT)
+    with locks.alone(Path("a")):
+        code, _, err = run(*flags)
+        assert code == 2 and "another process is at work there" in err and not list(Path("a").iterdir())
+    done(*flags)
+    before = contents("a")
+    with locks.alone(Path("a")):
+        code, _, err = run(*flags, "--overwrite")
+        assert code == 2 and "another process" in err and contents("a") == before
 
 
 def test_a_log_that_is_not_installed_is_told_before_anything_is_written(done, run, base, files, monkeypatch):
@@ -784,7 +797,7 @@ def test_evaluate_is_the_answers_score(done, base, files):
     lines = done("infer.py", "--file", "questions", "--json", *common).splitlines()
     assert found["answers"] == [json.loads(line)["answer"] for line in lines]
     shown = done("evaluate", "--data", files["test"], *common)
-    assert shown.splitlines()[-1] == f"| exact_match | {found['exact_match']:.4f} |"
+    assert shown.splitlines()[-2:] == [f"| exact_match | {found['exact_match']:.4f} |", "| questions | 24 |"]
 
 
 # ---- data ----
