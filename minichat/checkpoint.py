@@ -55,7 +55,7 @@ class Checkpoints:
         return bool(self.asked or self.every and (step % self.every == 0 or self._is_best(record)))
 
     def _is_best(self, record: dict) -> bool:
-        known = [known["eval_loss"] for _, known in self._all() if known["eval_loss"] is not None]
+        known = [known["eval_loss"] for _, known in read(self.folder) if known["eval_loss"] is not None]
         loss = record.get("eval_loss", math.nan)
         return math.isfinite(loss) and all(loss < other for other in known)
 
@@ -78,7 +78,7 @@ class Checkpoints:
 
     def resume(self, model: nn.Module, optimizer: AdamW, metrics: Metrics) -> tuple[int, int]:
         """Continue from the last checkpoint: the steps and tokens done, 0 and 0 without one."""
-        if not (found := self._all()):
+        if not (found := read(self.folder)):
             metrics.rewind({"bytes": 0, "seconds": 0}, 0)
             return 0, 0
         path, known = found[-1]
@@ -95,14 +95,11 @@ class Checkpoints:
         return known["step"], known["tokens"]
 
     def _superseded(self) -> list[Path]:
-        found = self._all()
+        found = read(self.folder)
         scored = [each for each in found if each[1]["eval_loss"] is not None]
         best = [min(scored, key=lambda each: each[1]["eval_loss"])] if scored else []  # the first of equals
         kept = [path for path, _ in found[-self.keep :] + best]
         return [path for path, _ in found if path not in kept]
-
-    def _all(self) -> list[tuple[Path, dict]]:
-        return read(self.folder)
 
     @contextmanager
     def stopping(self) -> Iterator[None]:

@@ -95,8 +95,8 @@ def release_host_memory() -> None:
 def keep_host_memory() -> None:
     """Let glibc keep what training on the CPU frees: the next layer asks for as much again.
 
-    Left alone it returns most of it at once, and the system clears every page before it hands it out anew: a tenth to
-    a quarter of a small model's step.
+    Left alone it returns most of it at once, and the system clears every page before it hands it out anew: about a
+    seventh of a small model's step.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

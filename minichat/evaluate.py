@@ -107,6 +107,8 @@ def perplexity(model, tokenizer, text: str, length: int, stride: int, batch_size
     perplexity: exp of the mean loss per token. bits_per_byte: that mean for all of the text's tokens, over its UTF-8
     bytes, which compares models with other tokenizers. Raises BadInput for a text without two tokens.
     """
+    from minichat import losses
+
     content = tokenizer.encode(text)
     ids = [tokenizer.bos_id] * tokenizer.add_bos + content
     if len(ids) < 2:
@@ -121,8 +123,6 @@ def perplexity(model, tokenizer, text: str, length: int, stride: int, batch_size
             break
     found = logps(model, sequences, batch_size)
     loss, tokens = -sum(total for total, _, _ in found), sum(count for _, count, _ in found)
-    from minichat import losses
-
     bits = loss / tokens * len(content) / math.log(2) / len(text.encode("utf-8", "surrogatepass"))
     return {"perplexity": losses.perplexity(loss / tokens), "bits_per_byte": bits, "tokens": tokens}
 
@@ -218,28 +218,31 @@ def main() -> None:
     tasks = _tasks(args) if args.tasks or args.leaderboard else None
     model, tokenizer = cli.load(args)
     template = chat.template_text(args.template, tokenizer)
-    scores, answers = {}, {}
-    if questions:
+    scores, answers, failed = {}, {}, []
+
+    def questions_right() -> dict[str, float]:
         found = exact_match(model, tokenizer, questions, template, args.batch_size, args.max_new_tokens)
-        scores |= {"exact_match": found["exact_match"], "questions": len(questions)}
         answers["answers"] = found["answers"]
-    if text is not None:
-        context = model.config.max_position_embeddings
-        length = args.length or min(model.config.sliding_window or context, context, 4096)
-        if length > context:
-            raise BadInput(f"--length {length} passes the model's context of {context}")
-        stride = args.stride or max(1, length // 2)
-        if stride > length:
-            raise BadInput(f"--stride {stride} passes over tokens with windows of {length}; it is at most --length")
-        scores |= perplexity(model, tokenizer, text, length, stride, args.batch_size)
-    if args.pairs:
-        scores |= _preferences(args, model, tokenizer, template)
-    failed = []
-    if tasks:
+        return {"exact_match": found["exact_match"], "questions": len(questions)}
+
+    def tasks_done() -> dict[str, float]:
         from minichat import harness
 
-        found, failed = harness.scores(model, tokenizer, template if args.chat else None, tasks, args)
-        scores |= found
+        found, lines = harness.scores(model, tokenizer, template if args.chat else None, tasks, args)
+        failed.extend(lines)
+        return found
+
+    parts = (
+        (questions, questions_right),
+        (text is not None, lambda: _perplexity(args, model, tokenizer, text)),
+        (args.pairs, lambda: _preferences(args, model, tokenizer, template)),
+        (tasks, tasks_done),
+    )
+    for asked, part in parts:
+        try:
+            scores |= part() if asked else {}
+        except BadInput as error:  # the scores of the other parts may have taken hours
+            failed.append(str(error))
     if scores:
         print(json.dumps({"model": str(args.model), **scores, **answers}) if args.json else table(scores, args.beside))
     if failed:
@@ -291,6 +294,17 @@ def _text(path: str) -> str:
         raise BadInput(f"{path} is not UTF-8 text: byte {error.start}") from None
 
 
+def _perplexity(args, model, tokenizer, text: str) -> dict[str, float]:
+    context = model.config.max_position_embeddings
+    length = args.length or min(model.config.sliding_window or context, context, 4096)
+    if length > context:
+        raise BadInput(f"--length {length} passes the model's context of {context}")
+    stride = args.stride or max(1, length // 2)
+    if stride > length:
+        raise BadInput(f"--stride {stride} passes over tokens with windows of {length}; it is at most --length")
+    return perplexity(model, tokenizer, text, length, stride, args.batch_size)
+
+
 def _preferences(args, model, tokenizer, template: str) -> dict[str, float]:
     from minichat import examples, sources, store, weights
     from minichat.metrics import show
@@ -310,7 +324,7 @@ def _preferences(args, model, tokenizer, template: str) -> dict[str, float]:
 
 
 def _tasks(args):
-    """lm-eval's names of the tasks that the flags ask for."""
+    """The tasks that the flags ask for. Raises BadInput without lm-eval, and for one that it does not know."""
     try:
         from minichat import harness
     except ModuleNotFoundError as error:

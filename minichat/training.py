@@ -184,7 +184,7 @@ def fit(
             metrics.write(last)
             start, logged_tokens = time.perf_counter(), tokens
         if checkpoints and checkpoints.due(done, scores):
-            _read(pending)
+            _read(pending)  # raises where a number is not finite: nobody resumes from that
             checkpoints.save(done, model, optimizer, metrics, {"tokens": tokens, **scores})
             if checkpoints.asked and done < total:
                 raise Stopped(checkpoints.asked, done)

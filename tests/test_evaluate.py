@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import sys
 
 import pytest
@@ -348,6 +349,21 @@ def test_wrong_flags_are_one_line(base, tmp_path, monkeypatch, capsys, flags, wh
     assert (
         stop.value.code == 2 and not out and why in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
     )
+
+
+def test_a_part_that_fails_takes_no_other_score_with_it(base, tmp_path, monkeypatch, capsys):
+    """That the reference has another tokenizer is known late: what was scored is printed, and the exit code 2."""
+    (tmp_path / "t.txt").write_text("The sum of 1 and 2 is 3. " * 9)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1 + 2?", "chosen": "3", "rejected": "4"}\n')
+    shutil.copytree(base, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "tokenizer_config.json").read_text())
+    (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
+    flags = ["--text", tmp_path / "t.txt", "--pairs", tmp_path / "p.jsonl", "--reference", tmp_path / "other"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(base), *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(evaluate.main)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and "| perplexity |" in out and "another tokenizer" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -1,6 +1,6 @@
 """Sums of two and three numbers of up to three digits: the data of the embedded default.
 
-    python -m minichat.assets.sums base  --count 70000 --seed 0 > base.jsonl    # plain sums and prose, to start from
+    python -m minichat.assets.sums base  --count 120000 --seed 0 > base.jsonl   # plain sums and prose, to start from
     python -m minichat.assets.sums sft   --count 5000  --seed 0 > sft.jsonl     # questions, answers of mixed quality
     python -m minichat.assets.sums pairs --count 1000  --seed 0 > pairs.jsonl   # the worked answer or a worse one
     python -m minichat.assets.sums test  --count 500   --seed 0 > test.jsonl    # sums that none of the above contains
