@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 
+from minichat import words
 from minichat.errors import BadInput
 from minichat.files import read_json, write_json
 
@@ -96,6 +97,9 @@ class Tokenizer:
             return self._encode_cut_by_cut(text, cuts)
         # Merges never cross a boundary that is there at the end, so what lies before it was merged as if alone:
         # where no token straddles a cut, the ids of the whole text already are the ids defined above.
+        found = self._words and self._words(text, cuts)
+        if found:
+            return found
         encoding = self._encode(text)
         spans = encoding.offsets
         starts = [start for start, _ in spans]
@@ -204,6 +208,13 @@ class Tokenizer:
             )
 
         return plain_model and plain_tokens and local(config["normalizer"]) and local(config["pre_tokenizer"])
+
+    @cached_property
+    def _words(self) -> words.Words | None:
+        """The memory of words, where they do not depend on each other."""
+        added = [token["content"] for token in self._pipeline["added_tokens"]]
+        merged = self._tokenizer.get_vocab().keys() - set(added)
+        return words.Words(self._encode, added) if words.are_alone(self._pipeline, merged) else None
 
     @cached_property
     def _decoders(self) -> set[str]:

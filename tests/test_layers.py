@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "minichat"
 
 LAYERS = [
     {"errors", "version"},
-    {"device", "files", "formats", "patterns", "sources"},
+    {"device", "files", "formats", "patterns", "sources", "words"},
     {"attention", "cache", "losses", "optim", "lora", "tokenizer", "sandbox", "metrics", "kernels"},
     {"chat", "model", "int4", "plots"},
     {"examples", "weights", "generation"},

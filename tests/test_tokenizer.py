@@ -26,6 +26,9 @@ CORPUS = [
 ]
 SPECIAL = ["<unk>", "<s>", "</s>"]
 LOCAL = ["prepend", "newlines", "metaspace-first", "metaspace-always", "metaspace-split", "digits", "no-fallback"]
+# the same, but that no token goes on from a word to the next, as in Mistral's vocabulary
+WORDS = ["words-prepend", "words-split", "words-no-fallback"]
+WORDS += ["words-metaspace-first", "words-metaspace-always", "words-metaspace-split"]
 OTHER = ["byte-level", "byte-missing", "ignore-merges", "greedy-special", "normalized-special", "nfkc"]
 
 # what a text of a chat is made of, and what its pieces could grow together with
@@ -81,11 +84,14 @@ def backend(kind: str) -> Backend:
         tokenizer.train_from_iterator(CORPUS, trainer)
         return tokenizer
 
+    words, kind = kind.startswith("words-"), kind.removeprefix("words-")
     # in Mistral's vocabulary a line end is a byte and merges with nothing
     corpus = CORPUS if kind == "newlines" else [line for text in CORPUS for line in text.split("\n")]
     to_marks = [normalizers.Replace(" ", "▁")]
     trained = Backend(models.BPE())
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *to_marks])
+    if words:
+        trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trained.train_from_iterator(corpus * 2, trainers.BpeTrainer(vocab_size=250, show_progress=False))
     model = json.loads(trained.to_str())["model"]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256) if kind != "byte-missing" or byte != 0x98]
@@ -114,6 +120,8 @@ def backend(kind: str) -> Backend:
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+(?!\S)|\w+|."), "isolated")
     else:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *to_marks])
+    if kind == "split":
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -366,12 +374,13 @@ def test_saved_truncation_and_padding_are_not_ours(tmp_path):
     assert Tokenizer(tmp_path).encode("hello hello hello") == built().encode("hello hello hello")
 
 
-@pytest.mark.parametrize("kind", [*LOCAL, *OTHER])
+@pytest.mark.parametrize("kind", [*LOCAL, *WORDS, *OTHER])
 @generous
 @given(parts=st.lists(texts, min_size=1, max_size=5))
 def test_cuts(kind, parts):
     tokenizer = built(kind)
-    assert tokenizer._cuts_are_local == (kind in LOCAL)
+    assert tokenizer._cuts_are_local == (kind not in OTHER)
+    assert (tokenizer._words is not None) == (kind in WORDS)
     text = "".join(parts)
     cuts = [sum(map(len, parts[:i])) for i in range(len(parts))]
     ids, counts = tokenizer.encode_cut(text, cuts)
@@ -383,6 +392,24 @@ def test_cuts(kind, parts):
     whole = tokenizer.encode(text)
     if all(whole[:count] == tokenizer.encode(text[:cut]) for cut, count in zip(cuts, counts)):
         assert ids == whole
+
+
+@pytest.mark.parametrize("kind", WORDS)
+@generous
+@given(pieces=st.lists(st.sampled_from([*PIECES, " there", " how", "are", " \n"]), max_size=40))
+def test_ids_from_memory_are_the_librarys(kind, pieces):
+    text = "".join(pieces)
+    found = built(kind)._words(text, [])
+    assert found == (None if "▁" in text else (backend_once(kind).encode(text, add_special_tokens=False).ids, []))
+
+
+def test_words_beyond_the_memory(monkeypatch):
+    monkeypatch.setattr("minichat.words.LARGEST", 3)
+    monkeypatch.setattr("minichat.words.LONGEST", 8)
+    tokenizer = built("words-prepend")
+    text = " ".join(["hello there how are you", "a" * 20, *map(str, range(20))] * 2)
+    assert tokenizer.encode_cut(text, [])[0] == tokenizer.encode(text)
+    assert len(tokenizer._words._inner) <= 3 and all(len(word) <= 8 for word in tokenizer._words._inner)
 
 
 def test_a_token_across_a_cut_is_split():
@@ -517,7 +544,7 @@ def test_a_cut_off_character_takes_no_other_with_it():
     assert tokenizer.decode(ids[:-4]) == "😀"
 
 
-@pytest.mark.parametrize("kind", [*LOCAL, "byte-missing", "byte-level"])
+@pytest.mark.parametrize("kind", [*LOCAL, *WORDS, "byte-missing", "byte-level"])
 @generous
 @given(data=st.data())
 def test_stream_is_decode(kind, data):

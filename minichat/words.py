@@ -1,0 +1,101 @@
+"""The ids of a text from a memory of its words' ids: most words of a data set have come before.
+
+For BPE tokenizers of Mistral's kind, none of whose tokens goes on from a word into the space before the next one. Their
+merges never cross such a boundary, so a word's ids are the same in every text (Tokenizer still finds them).
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from itertools import accumulate, chain
+
+SPACE = "▁"  # as such tokenizers write it
+LARGEST = 1 << 18  # words in memory, about 100 MB: then it begins anew
+LONGEST = 64  # characters of a word that is kept
+
+_words = re.compile(" *[^ ]+| +").findall
+
+
+def are_alone(pipeline: dict, vocabulary: Iterable[str]) -> bool:
+    """Whether words do not depend on each other: by tokenizer.json's pipeline, and by the texts of all tokens that
+    merges can make. It must be one whose characters depend on each other through merges alone."""
+
+    def steps(step: dict | None) -> list[dict]:
+        inner = step and step.get("normalizers", step.get("pretokenizers"))
+        return [s for part in inner for s in steps(part)] if inner is not None else [step] if step else []
+
+    marks = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    found = steps(pipeline["normalizer"]) + steps(pipeline["pre_tokenizer"])
+    metaspace = [step for step in found if step["type"] == "Metaspace" and step["replacement"] == SPACE]
+    split = {"type": "Split", "pattern": {"String": SPACE}, "behavior": "MergedWithNext", "invert": False}
+    others = (marks, split, {"type": "Prepend", "prepend": SPACE})
+    known = all(step in others or step in metaspace for step in found) and (metaspace or marks in found)
+    vocabulary = set(vocabulary)
+    alone = SPACE in vocabulary and not any(SPACE in token.lstrip(SPACE) for token in vocabulary)
+    return bool(known) and alone and not any(" " in token["content"] for token in pipeline["added_tokens"])
+
+
+class Words:
+    """encode: text -> the tokenizer's `Encoding`. added: the texts of the tokens that are found before all others."""
+
+    def __init__(self, encode: Callable, added: list[str]):
+        added = sorted(added, key=len, reverse=True)  # of several that begin at a character the longest is found
+        self._added = re.compile(f"({'|'.join(map(re.escape, added)) or '(?!)'})")
+        self._alone = _Memory(encode, "")  # the first of a text; and added tokens
+        self._after = _Memory(encode, added[0] if added else "")  # the first after an added token
+        self._inner = _Memory(encode, "a")
+
+    def __call__(self, text: str, cuts: list[int]) -> tuple[list[int], list[int]] | None:
+        """The ids of `text` and how many of them lie before each cut, or None: a token straddles one."""
+        if SPACE in text:  # which the tokenizer takes for a space
+            return None
+        pieces, ids = [], []
+        for i, part in enumerate(self._added.split(text)):
+            if i % 2:
+                pieces.append(part)
+                ids.append(self._alone[part])
+            elif part:
+                first, *rest = words = _words(part)
+                pieces += words
+                ids.append((self._after if i else self._alone)[first])
+                ids.extend(map(self._inner.__getitem__, rest))
+        ends, before = [0, *accumulate(map(len, pieces))], [0, *accumulate(map(len, ids))]
+        counts = []
+        for cut in cuts:
+            i = bisect_left(ends, cut)
+            if ends[i] == cut:
+                counts.append(before[i])
+                continue
+            inside, spans = cut - ends[i - 1], self._spans(pieces[:i])
+            count = bisect_left([start for start, _ in spans], inside)
+            if count and spans[count - 1][1] > inside:
+                return None
+            counts.append(before[i - 1] + count)
+        return list(chain.from_iterable(ids)), counts
+
+    def _spans(self, pieces: list[str]) -> list[tuple[int, int]]:
+        """The character offsets of the last piece's tokens in it."""
+        *rest, piece = pieces
+        is_added = self._added.fullmatch
+        memory = self._alone if not rest or is_added(piece) else self._after if is_added(rest[-1]) else self._inner
+        return memory.spans(piece)
+
+
+class _Memory(dict):
+    """The ids of words where they come after `before`."""
+
+    def __init__(self, encode: Callable, before: str):
+        self._encode, self._before = encode, before
+        self._skipped = len(encode(before)) if before else 0
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(self._encode(self._before + word).ids[self._skipped :])
+        if len(word) <= LONGEST:
+            if len(self) >= LARGEST:
+                self.clear()
+            self[word] = ids
+        return ids
+
+    def spans(self, word: str) -> list[tuple[int, int]]:
+        before = len(self._before)
+        return [(a - before, b - before) for a, b in self._encode(self._before + word).offsets[self._skipped :]]
