@@ -1,6 +1,6 @@
-// INT4 and INT8 weight-only matmul for the CPU: y (M, N) = x (M, K) @ dequantised weight (N, K)^T, all sums in fp32.
+// INT4 and INT8 weight-only matmul for the CPU: y (M, N) = x (M, K) @ dequantised weight (N, K)^T, in integers.
 //
-// The layout. Rows are taken 16 at a time, so that one vector holds one word of each row and yields 16 outputs with no
+// The weight. Rows are taken 16 at a time, so that one vector holds one word of each row and yields 16 outputs with no
 // horizontal sum; 16 words are one cache line, one AVX-512 register, two AVX2 or four SSE / NEON registers.
 //
 //   words  [ceil(N / 16)] [K / 8] [16]      uint32 (8-bit codes: [K / 4]); rows past N are padding
@@ -15,23 +15,35 @@
 //   scale  [ceil(N / 16)] [K / G] [16]      fp32, fp16 or bf16, as on disk
 //   zero   [ceil(N / 16)] [K / G] [16]      uint8, or null: 8 (128 for 8-bit codes)
 //
-// A row's word is the disk's word (compressed-tensors), so packing only moves words.
+// A row's word is the disk's word (compressed-tensors), so packing only moves words. Its even codes are the bytes of
+// word & 0x0f0f0f0f, its odd ones those of word >> 4 & 0x0f0f0f0f: what an instruction takes that multiplies four
+// unsigned bytes with four signed ones and adds the products up.
+//
+// The activations. Each token's x is rounded to integers, 32 of K at a time, with a scale for each chunk: to one plane
+// of signed bytes (8 bits, an error of about 5e-3), or to two, 128 * high + low (15 bits, 3e-5: "exact"). Then
+//
+//   y[n] = sum over chunks of  scale[n] * x_scale * (sum of q[n][k] * x[k]  -  zero[n] * sum of x[k])
+//
+// where all between the parentheses are integers, and each chunk is added up in fp32. The order of those sums depends
+// on nothing but K, so that a row's outputs are the same in every batch and on every number of threads.
 //
 // Every function below the line "one source, three instruction sets" is written once, on vectors of W floats, and
-// compiled for AVX-512 (W = 16), AVX2 with FMA (W = 8) and the base instruction set of any machine (W = 4). The caller
-// says which one; best_isa() knows which ones run here. There are no intrinsics, so it also builds for ARM.
+// compiled for AVX-512 with VNNI (W = 16), AVX2 with FMA (W = 8) and the base instruction set of any machine (W = 4,
+// also on ARM). The caller says which one; best_isa() knows which ones run here.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
 #define INLINE inline __attribute__((always_inline))
+#define TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")))
 
 namespace {
 
 constexpr int ROWS = 16;            // rows per block
-constexpr int64_t K_CHUNK = 256;    // prefill: k per unpacked panel; 256 x 16 floats are half of a 32 KiB L1
-constexpr int64_t TOKENS = 192;     // prefill: tokens per pass over the weights
-constexpr int64_t L2_FLOATS = 1 << 16;  // prefill: activations that should stay in L2, 256 KiB
+constexpr int64_t CHUNK = 32;       // k that share a scale of the activations; divides every group
+constexpr int64_t K_PANEL = 256;    // dequantise: k per panel of 16 rows
+constexpr int64_t L2_BYTES = 1 << 20;   // activations that should stay in L2 while weights pass by
 constexpr int PREFETCH = 512;       // words ahead, 2 KiB
 
 enum Kind { FP32, FP16, BF16 };
@@ -45,13 +57,27 @@ struct Weight {
     Kind scale_kind;
 };
 
+// 32 activations of a token: q is x / scale, its planes' bytes in the order in which the weight's words hold their k.
+template <int PLANES>
+struct Chunk {
+    int8_t q[PLANES][CHUNK];
+    float scale;
+    int32_t start, sum;         // start: -zero * sum where all zero-points are the same, else 0
+};
+
 struct Matmul {
     Weight weight;
-    const float* x;             // (M, K)
-    float* y;                   // (M, N rounded up to 16)
-    int64_t M;
-    std::vector<float> scaled;  // decode only: x in the scale of each code's place in its word, and
-    std::vector<float> sums;    // the sum of x over each group
+    const void* chunks;         // Chunk<PLANES> [M][K / 32]
+    void* y;                    // (M, N), with rows `stride` apart
+    int64_t M, stride;
+    Kind y_kind;
+};
+
+struct Prepare {
+    const void* x;              // (M, K)
+    Kind x_kind;
+    int32_t zero;               // that of symmetric weights, else 0
+    void* chunks;
 };
 
 struct Dequantize {
@@ -125,191 +151,293 @@ INLINE void store(void* p, V v) {
     __builtin_memcpy(p, &v, sizeof v);
 }
 
+// W 16-bit numbers as 32-bit ones; compilers write this one instruction as four.
+template <int W>
+INLINE typename Lanes<W>::U widen(const uint16_t* p) {
+    using H = typename Lanes<W>::H;
+#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+    if constexpr (W > 4) {
+        typename Lanes<W>::U wide;
+        asm("vpmovzxwd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const uint16_t(*)[W]>(p)));
+        return wide;
+    }
+#endif
+    return __builtin_convertvector(load<H>(p), typename Lanes<W>::U);
+}
+
 // W numbers of a 16- or 32-bit kind as fp32, exactly.
 template <int W>
 INLINE typename Lanes<W>::F load_floats(const void* p, Kind kind, int64_t at) {
     using F = typename Lanes<W>::F;
     using U = typename Lanes<W>::U;
     if (kind == FP32) return load<F>(static_cast<const float*>(p) + at);
-    const U half = __builtin_convertvector(load<typename Lanes<W>::H>(static_cast<const uint16_t*>(p) + at), U);
+    const U half = widen<W>(static_cast<const uint16_t*>(p) + at);
     if (kind == BF16) return (F)(half << 16);
     const F magnitude = (F)((half & 0x7fff) << 13) * 0x1p112f;  // moves the exponent's bias from 15 to 127
     return (F)((U)magnitude | (half & 0x8000) << 16);
 }
 
 template <int W>
-INLINE typename Lanes<W>::F load_zero(const Weight& w, int64_t at, int bits) {
+INLINE typename Lanes<W>::I load_zero(const Weight& w, int64_t at) {
+    return __builtin_convertvector(load<typename Lanes<W>::B>(w.zero + at), typename Lanes<W>::I);
+}
+
+// ---- activations to integers ----------------------------------------------------------------------------------------
+template <int W>
+INLINE typename Lanes<W>::I nearest(typename Lanes<W>::F v) {  // ties to even: 1.5 * 2^23 leaves no fraction bits
+    return __builtin_convertvector((v + 0x1.8p23f) - 0x1.8p23f, typename Lanes<W>::I);
+}
+
+template <int W>
+INLINE void to_bytes(int8_t* out, const typename Lanes<W>::I (&q)[CHUNK / W], int bits) {
+    typedef int8_t Bytes __attribute__((vector_size(CHUNK)));
+    int8_t narrow[CHUNK];
+    for (int i = 0; i < CHUNK / W; i++)
+        store(narrow + i * W, __builtin_convertvector(q[i], typename Lanes<W>::B));
+    const Bytes even_odd{0,  2,  4,  6,  1,  3,  5,  7,  8,  10, 12, 14, 9,  11, 13, 15,
+                         16, 18, 20, 22, 17, 19, 21, 23, 24, 26, 28, 30, 25, 27, 29, 31};
+    const Bytes bytes = load<Bytes>(narrow);
+    store(out, bits == 4 ? __builtin_shuffle(bytes, even_odd) : bytes);
+}
+
+template <int W, int PLANES>
+INLINE void prepare_chunk(const Prepare& job, int64_t at, int bits, Chunk<PLANES>& chunk) {
     using F = typename Lanes<W>::F;
     using I = typename Lanes<W>::I;
-    if (!w.zero) return F{} + static_cast<float>(1 << (bits - 1));
-    return __builtin_convertvector(__builtin_convertvector(load<typename Lanes<W>::B>(w.zero + at), I), F);
+    constexpr int V = CHUNK / W;
+    constexpr float TOP = PLANES == 1 ? 127 : 126 * 128;
+    F v[V];
+    I size{};  // as integers, magnitudes are in order too, and infinity and NaN are above all others
+    for (int i = 0; i < V; i++) {
+        v[i] = load_floats<W>(job.x, job.x_kind, at + i * W);
+        const I magnitude = (I)v[i] & 0x7fffffff;
+        size = magnitude > size ? magnitude : size;
+    }
+    int32_t largest_bits = 0;
+    for (int i = 0; i < W; i++) largest_bits = std::max(largest_bits, size[i]);
+    float largest;
+    __builtin_memcpy(&largest, &largest_bits, sizeof largest);
+    const float up = largest < 0x1p-60f ? 0x1p60f : 1;  // no reciprocal overflows
+    const bool finite = largest_bits < 0x7f800000;
+    const float inverse = finite && largest > 0 ? TOP / (largest * up) : 0;
+    chunk.scale = finite ? largest / TOP : __builtin_nanf("");
+    I q[V], low[V], sum{};
+    for (int i = 0; i < V; i++) {
+        q[i] = finite ? nearest<W>(v[i] * up * inverse) : I{};
+        sum += q[i];
+        if (PLANES == 1) continue;
+        const I high = (q[i] + 64) >> 7;
+        low[i] = q[i] - (high << 7);
+        q[i] = high;
+    }
+    to_bytes<W>(chunk.q[0], q, bits);
+    if constexpr (PLANES == 2) to_bytes<W>(chunk.q[1], low, bits);
+    chunk.sum = 0;
+    for (int i = 0; i < W; i++) chunk.sum += sum[i];
+    chunk.start = -job.zero * chunk.sum;
 }
 
-// ---- decode: one token ----------------------------------------------------------------------------------------------
-// Code b of a word is masked where it stands, which leaves it times 2^(BITS b); x[b] carries the inverse power, so no
-// shift is needed. The last code is shifted instead, because its top bit is the sign of an int32.
+template <int W, int BITS, int PLANES>
+INLINE void prepare_chunks(const Prepare& job, int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; c++)
+        prepare_chunk<W>(job, c * CHUNK, BITS, static_cast<Chunk<PLANES>*>(job.chunks)[c]);
+}
+
+// ---- the product ----------------------------------------------------------------------------------------------------
+// W rows' sums of 32 products: eight times four unsigned codes a row, with four signed bytes that all rows share; plus
+// `start`. What AVX2 and AVX-512 have for it is written as assembly, because intrinsics exist only in functions of one target.
 template <int W, int BITS>
-INLINE typename Lanes<W>::F code_in_place(typename Lanes<W>::U word, int b) {
-    using U = typename Lanes<W>::U;
+struct Dot {
     using I = typename Lanes<W>::I;
-    constexpr uint32_t MASK = (1u << BITS) - 1;
-    const U code = b == 32 / BITS - 1 ? word >> (32 - BITS) : word & (MASK << (BITS * b));
-    return __builtin_convertvector((I)code, typename Lanes<W>::F);
-}
+    using U = typename Lanes<W>::U;
 
-void prepare_token(Matmul& job, int bits) {
-    const int64_t K = job.weight.K, G = job.weight.G;
-    const int per_word = 32 / bits;
-    float power[8];
-    for (int b = 0; b < per_word - 1; b++) power[b] = 1.0f / static_cast<float>(1u << (bits * b));
-    power[per_word - 1] = 1.0f;
-    job.scaled.resize(K);
-    for (int64_t k = 0; k < K; k++) job.scaled[k] = job.x[k] * power[k % per_word];
-    job.sums.resize(K / G);
-    for (int64_t g = 0; g < K / G; g++) {
-        float sum[ROWS] = {};  // partial sums, so that the compiler may use vectors
-        for (int64_t k = g * G; k < (g + 1) * G; k += ROWS)
-            for (int i = 0; i < ROWS; i++) sum[i] += job.x[k + i];
-        for (int i = 0; i < ROWS; i++) job.sums[g] += sum[i];
+    static INLINE I of(const U (&codes)[8], const int8_t* x, int32_t start) {
+        I sum = I{} + start;
+        for (int i = 0; i < 8; i++)
+            for (int b = 0; b < 4; b++) sum += (I)(codes[i] >> (8 * b) & 255) * x[4 * i + b];
+        return sum;
+    }
+};
+
+#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+template <int BITS>
+struct Dot<16, BITS> {
+    using I = Lanes<16>::I;
+    using U = Lanes<16>::U;
+
+    static INLINE I of(const U (&codes)[8], const int8_t* x, int32_t start) {
+        I even = I{} + start, odd{};
+#pragma GCC unroll 4
+        for (int i = 0; i < 8; i += 2) {
+            add(even, codes[i], x + 4 * i);
+            add(odd, codes[i + 1], x + 4 * i + 4);
+        }
+        return even + odd;
+    }
+
+    static INLINE void add(I& sum, U codes, const int8_t* x) {
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const int32_t(*)[1]>(x)));
+    }
+};
+
+template <int BITS>
+struct Dot<8, BITS> {
+    using I = Lanes<8>::I;
+    using U = Lanes<8>::U;
+    typedef int16_t Pairs __attribute__((vector_size(32)));
+
+    // Two products of a code below 16 and a byte are at most 3810, so that eight such pairs fit into 16 bits. A code of
+    // 8 bits is taken as two of 4.
+    static INLINE I of(const U (&codes)[8], const int8_t* x, int32_t start) {
+        if (BITS == 4) return below_16(codes, x) + start;
+        U low[8], high[8];
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) low[i] = codes[i] & 0x0f0f0f0fu, high[i] = codes[i] >> 4 & 0x0f0f0f0fu;
+        return below_16(low, x) + (below_16(high, x) << 4) + start;
+    }
+
+    static INLINE I below_16(const U (&codes)[8], const int8_t* x) {
+        Pairs even{}, odd{};
+#pragma GCC unroll 4
+        for (int i = 0; i < 8; i += 2) {
+            even += products(codes[i], x + 4 * i);
+            odd += products(codes[i + 1], x + 4 * i + 4);
+        }
+        const Pairs one = Pairs{} + 1, sum = even + odd;
+        I result;
+        asm("vpmaddwd %2, %1, %0" : "=x"(result) : "x"(sum), "x"(one));
+        return result;
+    }
+
+    static INLINE Pairs products(U codes, const int8_t* x) {
+        int32_t four;
+        __builtin_memcpy(&four, x, sizeof four);
+        const I all = I{} + four;
+        Pairs result;
+        asm("vpmaddubsw %2, %1, %0" : "=x"(result) : "x"(codes), "x"(all));
+        return result;
+    }
+};
+#endif
+
+template <int W, int BITS>
+INLINE void unpack_chunk(const uint32_t* words, typename Lanes<W>::U (&codes)[8]) {
+    using U = typename Lanes<W>::U;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        if (BITS == 8) {
+            codes[i] = load<U>(words + i * ROWS);
+        } else {
+            const U word = load<U>(words + i / 2 * ROWS);
+            codes[i] = (i % 2 ? word >> 4 : word) & 0x0f0f0f0fu;
+        }
     }
 }
 
-template <int W, int BITS>
-INLINE void decode_block(const Matmul& job, int64_t block) {
-    constexpr int P = ROWS / W, PER_WORD = 32 / BITS;
-    constexpr int CHAINS = W / 4;  // independent sums per vector: hides the latency of the multiply-add
+// y (T, 16) = x (T, K) @ 16 rows of the weight; each chunk of them is unpacked once for all T tokens
+template <int W, int BITS, int PLANES, int T>
+INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (*y)[ROWS]) {
+    constexpr int P = ROWS / W;
     using F = typename Lanes<W>::F;
+    using I = typename Lanes<W>::I;
     using U = typename Lanes<W>::U;
-    const Weight& w = job.weight;
-    const int64_t groups = w.K / w.G;
-    const uint32_t* words = w.words + block * ROWS * (w.K / PER_WORD);
-    const float* x = job.scaled.data();
-    F y[P] = {};
+    const int64_t chunks = w.K / CHUNK, per_group = w.G / CHUNK, groups = w.K / w.G;
+    const uint32_t* words = w.words + block * ROWS * (w.K / (32 / BITS));
+    F sum[T][P] = {};
     for (int64_t g = 0; g < groups; g++) {
         const int64_t at = (block * groups + g) * ROWS;
-        F sum[P][CHAINS] = {};
-        // sum of (q - zero) x = sum of q x - zero * sum of x
-        for (int p = 0; p < P; p++) sum[p][0] = -load_zero<W>(w, at + p * W, BITS) * job.sums[g];
-        for (int64_t k = 0; k < w.G; k += PER_WORD, words += ROWS, x += PER_WORD) {
-            __builtin_prefetch(words + PREFETCH);
-            U word[P];
-            for (int p = 0; p < P; p++) word[p] = load<U>(words + p * W);
-#pragma GCC unroll 8
-            for (int b = 0; b < PER_WORD; b++)
-#pragma GCC unroll 4
-                for (int p = 0; p < P; p++) sum[p][b % CHAINS] += code_in_place<W, BITS>(word[p], b) * x[b];
-        }
+        F scale[P];
+        I zero[P] = {};
         for (int p = 0; p < P; p++) {
-            for (int c = 1; c < CHAINS; c++) sum[p][0] += sum[p][c];
-            y[p] += sum[p][0] * load_floats<W>(w.scale, w.scale_kind, at + p * W);
+            scale[p] = load_floats<W>(w.scale, w.scale_kind, at + p * W);
+            if (w.zero) zero[p] = load_zero<W>(w, at + p * W);
+        }
+        for (int64_t c = 0; c < per_group; c++, x++, words += ROWS * BITS) {
+#pragma GCC unroll 8
+            for (int i = 0; i < BITS; i++) __builtin_prefetch(words + PREFETCH + i * ROWS);
+#pragma GCC unroll 4
+            for (int p = 0; p < P; p++) {
+                U codes[8];
+                unpack_chunk<W, BITS>(words + p * W, codes);
+#pragma GCC unroll 16
+                for (int t = 0; t < T; t++) {
+                    const Chunk<PLANES>& token = x[t * chunks];
+                    I dot = Dot<W, BITS>::of(codes, token.q[PLANES - 1], token.start);
+                    if constexpr (PLANES == 2) dot += Dot<W, BITS>::of(codes, token.q[0], 0) << 7;
+                    if (w.zero) dot -= zero[p] * token.sum;
+                    sum[t][p] += __builtin_convertvector(dot, F) * (scale[p] * token.scale);
+                }
+            }
         }
     }
-    for (int p = 0; p < P; p++) store(job.y + block * ROWS + p * W, y[p]);
+    for (int t = 0; t < T; t++)
+        for (int p = 0; p < P; p++) store(y[t] + p * W, sum[t][p]);
 }
 
-// ---- prefill: many tokens -------------------------------------------------------------------------------------------
+INLINE uint16_t to_bf16(float value) {  // nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    if (value != value) return static_cast<uint16_t>(bits >> 16 | 64);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// T tokens at a time; the rest in tiles of half the size
+template <int W, int BITS, int PLANES, int T>
+INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last) {
+    const int64_t rows = std::min<int64_t>(ROWS, job.weight.N - block * ROWS);
+    const auto* x = static_cast<const Chunk<PLANES>*>(job.chunks);
+    for (; last - first >= T; first += T) {
+        float y[T][ROWS];
+        tile<W, BITS, PLANES, T>(job.weight, block, x + first * (job.weight.K / CHUNK), y);
+        for (int t = 0; t < T; t++)
+            for (int64_t r = 0; r < rows; r++) {
+                const int64_t at = (first + t) * job.stride + block * ROWS + r;
+                if (job.y_kind == FP32)
+                    static_cast<float*>(job.y)[at] = y[t][r];
+                else
+                    static_cast<uint16_t*>(job.y)[at] = to_bf16(y[t][r]);
+            }
+    }
+    if constexpr (T > 1) tiles<W, BITS, PLANES, T / 2>(job, block, first, last);
+}
+
+template <int W, int BITS, int PLANES>
+INLINE void matmul_blocks(const Matmul& job, int64_t first, int64_t last) {
+    constexpr int T = W == 16 ? 16 : 4;  // as many sums as the registers hold
+    const int64_t per_token = job.weight.K / CHUNK * static_cast<int64_t>(sizeof(Chunk<PLANES>));
+    const int64_t tokens = std::max<int64_t>(1, L2_BYTES / per_token / T) * T;
+    for (int64_t m = 0; m < job.M; m += tokens)
+        for (int64_t block = first; block < last; block++)
+            tiles<W, BITS, PLANES, T>(job, block, m, std::min(m + tokens, job.M));
+}
+
+// ---- the weight itself ----------------------------------------------------------------------------------------------
 // panel (length, 16) = (q - zero) * scale for one block's k0 <= k < k0 + length
 template <int W, int BITS>
 INLINE void unpack_panel(const Weight& w, int64_t block, int64_t k0, int64_t length, float* panel) {
     constexpr int P = ROWS / W, PER_WORD = 32 / BITS;
     using F = typename Lanes<W>::F;
-    using U = typename Lanes<W>::U;
     using I = typename Lanes<W>::I;
-    const uint32_t* words = w.words + (block * (w.K / PER_WORD) + k0 / PER_WORD) * ROWS;
-    for (int64_t k = k0; k < k0 + length; k += 32) {  // 32 divides every group
+    using U = typename Lanes<W>::U;
+    for (int64_t k = k0; k < k0 + length; k++) {
         const int64_t at = (block * (w.K / w.G) + k / w.G) * ROWS;
-        F scale[P], zero[P];
-        for (int p = 0; p < P; p++) scale[p] = load_floats<W>(w.scale, w.scale_kind, at + p * W);
-        for (int p = 0; p < P; p++) zero[p] = load_zero<W>(w, at + p * W, BITS);
-        for (int i = 0; i < 32 / PER_WORD; i++, words += ROWS) {
-            __builtin_prefetch(words + PREFETCH);
-#pragma GCC unroll 4
-            for (int p = 0; p < P; p++) {
-                U word = load<U>(words + p * W);
-#pragma GCC unroll 8
-                for (int b = 0; b < PER_WORD; b++, word >>= BITS) {
-                    const F code = __builtin_convertvector((I)(word & ((1u << BITS) - 1)), F);
-                    store(panel + b * ROWS + p * W, (code - zero[p]) * scale[p]);
-                }
-            }
-            panel += PER_WORD * ROWS;
+        const uint32_t* words = w.words + (block * (w.K / PER_WORD) + k / PER_WORD) * ROWS;
+        for (int p = 0; p < P; p++) {
+            const U code = load<U>(words + p * W) >> (k % PER_WORD * BITS) & ((1u << BITS) - 1);
+            const I zero = w.zero ? load_zero<W>(w, at + p * W) : I{} + (1 << (BITS - 1));
+            const F scale = load_floats<W>(w.scale, w.scale_kind, at + p * W);
+            store(panel + (k - k0) * ROWS + p * W, __builtin_convertvector((I)code - zero, F) * scale);
         }
     }
-}
-
-// y (T, 16) += x (T, length) @ panel (length, 16); sums stay in registers
-template <int W, int T>
-INLINE void tile(const float* panel, const float* x, int64_t K, int64_t length, float* y, int64_t stride, bool fresh) {
-    constexpr int P = ROWS / W;
-    using F = typename Lanes<W>::F;
-    F sum[T][P];
-#pragma GCC unroll 16
-    for (int t = 0; t < T; t++)
-#pragma GCC unroll 4
-        for (int p = 0; p < P; p++) sum[t][p] = fresh ? F{} : load<F>(y + t * stride + p * W);
-    for (int64_t k = 0; k < length; k++) {
-        F w[P];
-#pragma GCC unroll 4
-        for (int p = 0; p < P; p++) w[p] = load<F>(panel + k * ROWS + p * W);
-#pragma GCC unroll 16
-        for (int t = 0; t < T; t++)
-#pragma GCC unroll 4
-            for (int p = 0; p < P; p++) sum[t][p] += w[p] * x[t * K + k];
-    }
-#pragma GCC unroll 16
-    for (int t = 0; t < T; t++)
-#pragma GCC unroll 4
-        for (int p = 0; p < P; p++) store(y + t * stride + p * W, sum[t][p]);
-}
-
-// y (count, 16) += x (count, length) @ panel, T tokens at a time; the rest is one narrower tile
-template <int W, int T>
-INLINE void tiles(const float* panel, const float* x, int64_t K, int64_t length, float* y, int64_t stride, bool fresh,
-                  int64_t count) {
-    for (; count >= T; count -= T, x += T * K, y += T * stride) tile<W, T>(panel, x, K, length, y, stride, fresh);
-    if constexpr (T > 1)
-        if (count > 0) tiles<W, T - 1>(panel, x, K, length, y, stride, fresh, count);
-}
-
-template <int W, int BITS>
-INLINE void prefill_blocks(const Matmul& job, int64_t first, int64_t last) {
-    constexpr int T = W == 16 ? 12 : W == 8 ? 6 : 2;  // as many sums as the registers hold
-    const int64_t K = job.weight.K, stride = (job.weight.N + ROWS - 1) / ROWS * ROWS;
-    std::vector<float> panel(K_CHUNK * ROWS);
-    for (int64_t m0 = 0; m0 < job.M; m0 += TOKENS) {
-        const int64_t m1 = std::min(m0 + TOKENS, job.M);
-        const int64_t span = std::max(L2_FLOATS / (m1 - m0) / K_CHUNK, int64_t(1)) * K_CHUNK;
-        for (int64_t k1 = 0; k1 < K; k1 += span)
-            for (int64_t block = first; block < last; block++)
-                for (int64_t k = k1; k < std::min(k1 + span, K); k += K_CHUNK) {
-                    const int64_t length = std::min(K_CHUNK, K - k);
-                    unpack_panel<W, BITS>(job.weight, block, k, length, panel.data());
-                    tiles<W, T>(panel.data(), job.x + m0 * K + k, K, length, job.y + m0 * stride + block * ROWS, stride,
-                                k == 0, m1 - m0);
-                }
-    }
-}
-
-template <int W, int BITS>
-INLINE void matmul_blocks(const Matmul& job, int64_t first, int64_t last) {
-    if (job.M > 1) return prefill_blocks<W, BITS>(job, first, last);
-    for (int64_t block = first; block < last; block++) decode_block<W, BITS>(job, block);
-}
-
-// ---- the weight itself ----------------------------------------------------------------------------------------------
-INLINE uint16_t to_bf16(float value) {  // nearest, ties to even; weights are finite
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, sizeof bits);
-    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 template <int W, int BITS>
 INLINE void dequantize_blocks(const Dequantize& job, int64_t first, int64_t last) {
     const int64_t K = job.weight.K;
-    float panel[K_CHUNK * ROWS];
+    float panel[K_PANEL * ROWS];
     for (int64_t block = first; block < last; block++)
-        for (int64_t k0 = 0; k0 < K; k0 += K_CHUNK) {
-            const int64_t length = std::min(K_CHUNK, K - k0);
+        for (int64_t k0 = 0; k0 < K; k0 += K_PANEL) {
+            const int64_t length = std::min(K_PANEL, K - k0);
             const int64_t row0 = block * ROWS, rows = std::min<int64_t>(ROWS, job.last_row - job.first_row - row0);
             unpack_panel<W, BITS>(job.weight, job.first_row / ROWS + block, k0, length, panel);
             for (int64_t r = 0; r < rows; r++) {
@@ -377,14 +505,18 @@ INLINE void quantize_rows(const Quantize& job, int64_t first, int64_t last) {
 
 // ---- the instances, and choosing one at run time --------------------------------------------------------------------
 struct Instance {
-    Work matmul[2], dequantize[2];  // [0]: 4 bits, [1]: 8 bits
-    Work quantize;
+    Work prepare[2][2], matmul[2][2];  // [0]: 4 bits, [1]: 8 bits; [0]: one plane, [1]: two
+    Work dequantize[2], quantize;
 };
 
 #define INSTANCE(NAME, TARGET, W)                                                                                      \
-    template <int BITS>                                                                                                \
+    template <int BITS, int PLANES>                                                                                    \
+    TARGET void prepare_##NAME(void* job, int64_t first, int64_t last) {                                               \
+        prepare_chunks<W, BITS, PLANES>(*static_cast<Prepare*>(job), first, last);                                     \
+    }                                                                                                                  \
+    template <int BITS, int PLANES>                                                                                    \
     TARGET void matmul_##NAME(void* job, int64_t first, int64_t last) {                                                \
-        matmul_blocks<W, BITS>(*static_cast<Matmul*>(job), first, last);                                               \
+        matmul_blocks<W, BITS, PLANES>(*static_cast<Matmul*>(job), first, last);                                       \
     }                                                                                                                  \
     template <int BITS>                                                                                                \
     TARGET void dequantize_##NAME(void* job, int64_t first, int64_t last) {                                            \
@@ -393,13 +525,15 @@ struct Instance {
     TARGET void quantize_##NAME(void* job, int64_t first, int64_t last) {                                              \
         quantize_rows<W>(*static_cast<Quantize*>(job), first, last);                                                   \
     }                                                                                                                  \
-    constexpr Instance NAME{                                                                                           \
-        {matmul_##NAME<4>, matmul_##NAME<8>}, {dequantize_##NAME<4>, dequantize_##NAME<8>}, quantize_##NAME};
+    constexpr Instance NAME{{{prepare_##NAME<4, 1>, prepare_##NAME<4, 2>}, {prepare_##NAME<8, 1>, prepare_##NAME<8, 2>}}, \
+                            {{matmul_##NAME<4, 1>, matmul_##NAME<4, 2>}, {matmul_##NAME<8, 1>, matmul_##NAME<8, 2>}},     \
+                            {dequantize_##NAME<4>, dequantize_##NAME<8>},                                              \
+                            quantize_##NAME};
 
 INSTANCE(portable, , 4)
 #if defined(__x86_64__) && !defined(PORTABLE_ONLY)
-INSTANCE(avx2, __attribute__((target("avx2,fma"))), 8)
-INSTANCE(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma"))), 16)
+INSTANCE(avx2, TARGET_AVX2, 8)
+INSTANCE(avx512, TARGET_AVX512, 16)
 #endif
 
 const Instance& instance(int isa) {
@@ -419,18 +553,22 @@ extern "C" {
 int best_isa() {
 #if defined(__x86_64__) && !defined(PORTABLE_ONLY)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
         return AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
     return PORTABLE;
 }
 
-void matmul(const float* x, int64_t M, const uint32_t* words, const void* scale, int scale_kind, const uint8_t* zero,
-            int64_t N, int64_t K, int64_t G, int bits, float* y, int isa, int threads) {
-    Matmul job{{words, scale, zero, N, K, G, Kind(scale_kind)}, x, y, M, {}, {}};
-    if (M == 1) prepare_token(job, bits);
-    parallel(instance(isa).matmul[bits == 8], &job, (N + ROWS - 1) / ROWS, threads);
+// chunks: scratch of M * K / 32 * (32 * planes + 12) bytes
+void matmul(const void* x, int x_kind, int64_t M, int planes, void* chunks, const uint32_t* words, const void* scale,
+            int scale_kind, const uint8_t* zero, int64_t N, int64_t K, int64_t G, int bits, void* y, int y_kind, int isa,
+            int threads) {
+    Prepare prepare{x, Kind(x_kind), zero ? 0 : 1 << (bits - 1), chunks};
+    Matmul job{{words, scale, zero, N, K, G, Kind(scale_kind)}, chunks, y, M, N, Kind(y_kind)};
+    parallel(instance(isa).prepare[bits == 8][planes == 2], &prepare, M * (K / CHUNK), M > 1 ? threads : 1);
+    parallel(instance(isa).matmul[bits == 8][planes == 2], &job, (N + ROWS - 1) / ROWS, threads);
 }
 
 void dequantize(const uint32_t* words, const void* scale, int scale_kind, const uint8_t* zero, int64_t N, int64_t K,

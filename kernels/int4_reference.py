@@ -71,8 +71,11 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-def matmul(x: Tensor, packed: Packed) -> Tensor:
-    """x (..., K) fp32, bf16 or fp16 -> x @ weight^T (..., N), in x's dtype. Raises BadInput on another K or dtype."""
+def matmul(x: Tensor, packed: Packed, exact: bool = True) -> Tensor:
+    """x (..., K) fp32, bf16 or fp16 -> x @ weight^T (..., N), in x's dtype. Raises BadInput on another K or dtype.
+
+    exact False lets a kernel round x to 8 bits, in blocks with a scale of their own. Here x is taken as it is.
+    """
     check_input(x, packed.in_features, packed)
     return F.linear(x, dequantize(packed, x.dtype))
 

@@ -14,12 +14,14 @@ class KVCache:
     All writes are index_copy_ with device tensors, so that one graph serves every token; slots that nothing has been
     written to yet are seen only as far as the device's buckets of lengths go.
 
-    k, v: per layer (B, KvH, slots, Hd); positions: (B, slots) int64, -1 = empty.
+    k, v: per layer (B, KvH, slots, Hd); positions: (B, slots) int64, -1 = empty. spare: slots beyond those, as many
+    as rewind() may take back.
     """
 
-    def __init__(self, config, batch: int, slots: int, device: torch.device, dtype: torch.dtype):
+    def __init__(self, config, batch: int, slots: int, device: torch.device, dtype: torch.dtype, spare: int = 0):
         if config.sliding_window is not None:
             slots = min(slots, config.sliding_window)
+        slots += spare
         shape = (batch, config.num_key_value_heads, slots, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.slots, self.device = slots, device
@@ -49,14 +51,23 @@ class KVCache:
         self.filled += T
         return self.positions[:, : self._new] if seen is None else seen
 
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` columns, at most `spare`: what they replaced was out of every window."""
+        if count:
+            last = (self.columns - 1 - torch.arange(count, device=self.device)) % self.slots
+            self.positions.index_fill_(1, last, -1)
+            self.columns.sub_(count)
+            self.filled -= count
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, KvH, T, Hd) keys and values of the columns just advanced; those that the queries see, S long."""
         T = k.shape[2]
         seen = []
         for ring, new in ((self.k[layer], k), (self.v[layer], v)):
+            dtype, new = new.dtype, new.to(ring.dtype)
             if T > 1:
-                seen.append(torch.cat([ring[:, :, : self._old], new], dim=2))
+                seen.append(torch.cat([ring[:, :, : self._old], new], dim=2).to(dtype))
             ring.index_copy_(2, self._write, new[:, :, T - self._kept :])
             if T == 1:
-                seen.append(ring[:, :, : self._new])
+                seen.append(ring[:, :, : self._new].to(dtype))
         return tuple(seen)

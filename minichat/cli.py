@@ -340,13 +340,14 @@ def torch_dtype(name: str | None):
     return None if name is None else getattr(torch, name)
 
 
-def load(args: argparse.Namespace):
+def load(args: argparse.Namespace, only_to_decode: bool = False):
     """The model and tokenizer that the flags name."""
-    from minichat import metrics, weights
+    from minichat import metrics, packed, weights
 
     wanted = scheme(args)
     metrics.show(f"minichat: loading {args.model}")
-    return weights.load_model(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)
+    how = packed.load_model if only_to_decode else weights.load_model
+    return how(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -51,8 +51,9 @@ class Talk:
     def answer(self, prompts: list[list[int]], on_text=None) -> list[Answer]:
         new = self.args.max_new_tokens
         return generation.answer(
-            self.model, self.tokenizer, prompts, new, self.sampling, self.stop, self.stop_ids, on_text
-        )
+            self.model, self.tokenizer, prompts, new, self.sampling, self.stop, self.stop_ids, on_text,
+            self.args.speculate,
+        )  # fmt: skip
 
     def answers(self, prompts: list[tuple[str, str]]) -> None:
         """Answer every (where, prompt); one is streamed, several come in batches and in order.

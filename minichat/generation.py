@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minichat import device
+from minichat import device, fused, speculation
 from minichat.cache import KVCache
 from minichat.errors import BadInput
 from minichat.tokenizer import TextStream, Tokenizer
@@ -85,11 +85,11 @@ def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 
     return logits
 
 
-def prefill(model: nn.Module, cache: KVCache, ids: Tensor, positions: Tensor) -> Tensor:
-    """Read (B, T) prompts, padded on the left, into the cache; the last column's (B, V) logits."""
+def prefill(model: nn.Module, forward: fused.Forward, ids: Tensor, positions: Tensor) -> Tensor:
+    """Read (B, T) prompts, padded on the left, into the cache of `forward`; the last column's (B, V) logits."""
     for start in range(0, ids.shape[1], PREFILL_CHUNK):
         end = start + PREFILL_CHUNK
-        hidden = model.model(ids[:, start:end], positions[:, start:end], cache)
+        hidden = forward(ids[:, start:end], positions[:, start:end])
         device.mark_step(ids.device)
     return model.lm_head(hidden[:, -1])
 
@@ -101,12 +101,15 @@ def decode(
     max_new_tokens: int,
     sampling: Sampling,
     stop_ids: Sequence[int],
+    speculate: bool = False,
 ) -> Iterator[Tensor]:
     """The (B,) int64 device tensor of each step's tokens, until all rows have stopped or max_new_tokens are there.
 
-    A row that has drawn one of stop_ids repeats it from then on.
+    A row that has drawn one of stop_ids repeats it from then on. speculate: see speculation.py; of one prompt, greedy.
     """
     check(model, prompts, max_new_tokens)
+    if speculate and (len(prompts) > 1 or sampling.temperature or sampling.repetition_penalty != 1):
+        raise BadInput("speculation takes one prompt and the likeliest tokens: --batch-size 1, --temperature 0")
     where = model.device
     B, longest = len(prompts), max(map(len, prompts))
     T = device.bucket(longest, where)
@@ -116,7 +119,9 @@ def decode(
         ids[row, T - len(prompt) :] = torch.tensor(prompt)
         positions[row, T - len(prompt) :] = torch.arange(len(prompt))
     ids, positions = ids.to(where), positions.to(where)
-    cache = KVCache(model.config, B, T + device.bucket(max_new_tokens, where), where, model.dtype)
+    dtype = torch.bfloat16 if fused.fits(model) else model.dtype
+    spare = speculation.MOST if speculate else 0
+    cache = KVCache(model.config, B, T + device.bucket(max_new_tokens, where), where, dtype, spare)
     position = positions[:, -1:] + 1
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=where)
     done = torch.zeros(B, dtype=torch.bool, device=where)
@@ -129,12 +134,17 @@ def decode(
             seen[row, list(prompt)] = True
         seen = seen.to(where)
 
-    logits = prefill(model, cache, ids, positions)
+    forward = fused.decoder(model, cache)
+    logits = prefill(model, forward, ids, positions)
+    if speculate:
+        drafter = speculation.Drafter(list(prompts[0]))
+        yield from _with_drafts(model, forward, cache, logits, drafter, max_new_tokens, set(stop_ids))
+        return
     token = torch.zeros(B, dtype=torch.int64, device=where)
     every = device.tokens_between_syncs(where)
     for step in range(max_new_tokens):
         if step:
-            logits = model(token[:, None], position, cache)[:, -1]
+            logits = model.lm_head(forward(token[:, None], position))[:, -1]
             position.add_(1)
         token = torch.where(done, token, sample(logits, sampling, seen, generator))
         if seen is not None:
@@ -145,6 +155,37 @@ def decode(
         yield token
         if len(stops) and (step + 1) % every == 0 and bool(done.all()):
             return
+
+
+def _with_drafts(
+    model: nn.Module,
+    forward: fused.Forward,
+    cache: KVCache,
+    logits: Tensor,
+    drafter: speculation.Drafter,
+    max_new_tokens: int,
+    stops: set[int],
+) -> Iterator[Tensor]:
+    """The likeliest tokens one by one, several of them found in one forward pass where a draft was right."""
+    position, left = len(drafter.ids), max_new_tokens
+    found = [int(logits.argmax(dim=-1))]
+    while True:
+        for token in found:
+            yield torch.tensor([token], device=cache.device)
+            drafter.append(token)
+            left -= 1
+            if left == 0 or token in stops:
+                return
+        draft = drafter.propose()[: left - 1]
+        ids = torch.tensor([[found[-1], *draft]])
+        positions = torch.arange(position, position + ids.shape[1])[None]
+        best = model.lm_head(forward(ids.to(cache.device), positions.to(cache.device)))[0].argmax(dim=-1).tolist()
+        device.mark_step(cache.device)
+        right = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
+        cache.rewind(len(draft) - right)
+        drafter.learn(len(draft), right)
+        found = best[: right + 1]
+        position += right + 1
 
 
 def check(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -189,15 +230,17 @@ def generate(
     repetition_penalty: float = 1.0,
     stop_ids: Sequence[int] | None = None,
     seed: int | None = None,
+    speculate: bool = False,
 ) -> list[list[int]]:
     """Continue each prompt (a list of ids, of any lengths); the new ids of each, up to a stop id and with it.
 
-    temperature 0 is greedy. stop_ids: None is config.json's eos, () is none. Raises BadInput for an empty prompt,
-    one that passes the context, or a sampling number out of range.
+    temperature 0 is greedy. stop_ids: None is config.json's eos, () is none. speculate: guess what was there before
+    and check several tokens at a time, for one prompt and greedy. Raises BadInput for an empty prompt, one that passes
+    the context, or a sampling number out of range.
     """
     stops = default_stops(model) if stop_ids is None else tuple(stop_ids)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    columns = list(decode(model, prompts, max_new_tokens, sampling, stops))
+    columns = list(decode(model, prompts, max_new_tokens, sampling, stops, speculate))
     return [cut(row, stops) for row in torch.stack(columns, dim=1).tolist()]
 
 
@@ -227,6 +270,7 @@ def answer(
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
     on_text: Callable[[int, str], None] | None = None,
+    speculate: bool = False,
 ) -> list[Answer]:
     """Texts for prompts, streamed: on_text(row, piece) gets whole characters, never a part of a stop string."""
     # a special token has no text in the answer: as a stop string it is its id
@@ -245,7 +289,7 @@ def answer(
             on_text(row, piece)
 
     # one step behind: the host reads a token while the device makes the next one
-    steps = decode(model, prompts, max_new_tokens, sampling, stops)
+    steps = decode(model, prompts, max_new_tokens, sampling, stops, speculate)
     for tokens in (column.tolist() for column in _one_behind(steps, model.device)):
         now = time.perf_counter() - start
         first = now if first is None else first

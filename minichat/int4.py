@@ -71,7 +71,11 @@ class Int4Linear(nn.Module):
     Made by `from_weight` or `from_quantized`. The buffers are in the layout of `kernel` and mean nothing elsewhere,
     so they are in no state_dict: `tensors_of` gives what goes to disk. `.to(device)` repacks for another kind of
     device; a cast to another dtype leaves them alone.
+
+    exact: what it multiplies with is rounded to 15 bits at least; False, set by `set_exact`, lets the kernel take 8.
     """
+
+    exact = True
 
     def __init__(self, packed: Packed, kernel: str, bias: Tensor | None = None):
         super().__init__()
@@ -137,7 +141,7 @@ class Int4Linear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             y = _Matmul.apply(x, self.kernel, self.packed)
         else:
-            y = kernels.named(self.kernel).matmul(x, self.packed)
+            y = kernels.named(self.kernel).matmul(x, self.packed, self.exact)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -240,6 +244,14 @@ def check(linears: Mapping[str, nn.Module], scheme: Scheme) -> None:
                 f"{name}: in_features {module.in_features} is not a multiple of group size {scheme.group_size}; "
                 "choose --group-size from 32, 64, 128"
             )
+
+
+def set_exact(model: nn.Module, exact: bool) -> nn.Module:
+    """Say how all quantised linears of the model round their activations (see Int4Linear.exact); the model."""
+    for module in model.modules():
+        if isinstance(module, Int4Linear):
+            module.exact = exact
+    return model
 
 
 # ---- on disk: compressed-tensors' pack-quantized ----

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from minichat.attention import Documents, View, attention, rotary, rotate
@@ -241,7 +242,7 @@ class Decoder(nn.Module):
             view = None
         else:
             view = View(positions, positions, window, ordered=True, consecutive=implicit, doc=documents)
-        x = self.embed_tokens(ids)
+        x = self.embed_tokens(ids).to(self.norm.weight.dtype)  # the table may be held in half of it
         cos, sin = rotary(positions, config.head_dim, config.rope_theta, x.dtype)
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -249,6 +250,20 @@ class Decoder(nn.Module):
             else:
                 x = block(x, cos, sin, view, cache)
         return self.norm(x)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """torch.nn.init does nothing: on the meta device its random numbers take a second of imports."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        drawn = getattr(func, "__module__", None) == "torch.nn.init"
+        return None if drawn else func(*args, **(kwargs or {}))
+
+
+def without_weights(config: Config) -> "Mistral":
+    """The model on the meta device: shapes, no memory."""
+    with torch.device("meta"), _NothingDrawn():
+        return Mistral(config)
 
 
 class Mistral(nn.Module):

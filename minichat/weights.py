@@ -27,7 +27,7 @@ from minichat.lora import (
     say_merged_over,
 )
 from minichat.metrics import show
-from minichat.model import Config, Mistral
+from minichat.model import Config, Mistral, without_weights
 from minichat.tokenizer import FILES as TOKENIZER_FILES
 from minichat.tokenizer import Tokenizer
 
@@ -248,11 +248,8 @@ def load_model(
     unmerged = _trained_over_int4(adapters, scheme)
     if packed and len(adapters) > len(unmerged):
         raise BadInput(f"{folder} is quantised: the adapter {adapters[0].folder} cannot be merged into it")
-    tuned = [a.folder for a in reversed(adapters) if (a.folder / "tokenizer.json").exists()]
-    tokenizer = Tokenizer(tuned[0] if tuned else folder)  # before the weights: what is wrong with it shows at once
-
-    with torch.device("meta"):
-        model = Mistral(config)
+    tokenizer = tokenizer_of(folder, adapters)  # before the weights: what is wrong with it shows at once
+    model = without_weights(config)
     model.scheme = scheme
     merged = [a for a in adapters if a not in unmerged]
     _fill(model, Shards(folder), where, dtype, packed, scheme, merged)
@@ -262,6 +259,12 @@ def load_model(
     model.source = str(resolve(source).resolve()) if Path(source).expanduser().is_dir() else str(source)
     model.identity = identity(resolve(source))
     return model.eval(), tokenizer
+
+
+def tokenizer_of(folder: Path, adapters: list[Adapter]) -> Tokenizer:
+    """The tokenizer of the last adapter that has one, else the base's."""
+    tuned = [a.folder for a in reversed(adapters) if (a.folder / "tokenizer.json").exists()]
+    return Tokenizer(tuned[0] if tuned else folder)
 
 
 def _trained_over_int4(adapters: list[Adapter], scheme) -> list[Adapter]:

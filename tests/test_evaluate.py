@@ -225,7 +225,8 @@ def common(folder, name):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "int4"])
 def test_lm_eval_gets_what_its_own_model_computes(base, tasks, tmp_path, quantised, capsys):
-    """Log-likelihoods to 1e-4, greedy answers, metrics: of a model whose weights are bf16, or INT4."""
+    """Metrics to 1e-4, greedy answers, log-likelihoods: of a model whose weights are bf16, or INT4, whose kernel rounds
+    activations to 15 bits."""
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -252,9 +253,7 @@ def test_lm_eval_gets_what_its_own_model_computes(base, tasks, tmp_path, quantis
         assert len(one) >= 1 and one == pytest.approx(two, abs=1e-4, rel=1e-4)
         for a, b in zip(*(f["samples"][name] for f in found)):
             one, two = flat(a["resps"]), flat(b["resps"])
-            assert one == (
-                two if isinstance(two[0], str) else pytest.approx(two, abs=1e-4, rel=1e-6)
-            )  # they add in fp32
+            assert one == (two if isinstance(two[0], str) else pytest.approx(two, rel=1e-3 if quantised else 1e-5))
     args = argparse.Namespace(
         tasks="minichat_chosen", leaderboard=False, few_shot=2, include=str(tasks), limit=6, batch_size=3
     )

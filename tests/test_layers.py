@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parent.parent / "minichat"
 
 LAYERS = [
     {"errors", "version"},
-    {"device", "files", "formats", "patterns", "sources", "words"},
+    {"device", "files", "formats", "patterns", "sources", "speculation", "words"},
     {"attention", "cache", "losses", "optim", "lora", "tokenizer", "sandbox", "metrics", "kernels"},
-    {"chat", "model", "int4", "plots"},
+    {"chat", "model", "int4", "fused", "plots"},
     {"examples", "weights", "generation"},
-    {"data", "store", "checkpoint"},
+    {"data", "store", "checkpoint", "packed"},
     {"training"},
     {"cli", "runs", "converse", "evaluate", "harness", "assets"},
 ]

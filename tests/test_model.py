@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import make, theirs
 
+from minichat import fused
 from minichat.attention import QUERY_BLOCK, View, attention, visible
 from minichat.cache import KVCache
 from minichat.errors import BadInput
@@ -194,7 +195,7 @@ def test_prefill_gives_the_last_columns_logits():
     model = make(sliding_window=100)
     ids = torch.randint(0, 97, (1, 1200))  # three chunks
     cache = KVCache(model.config, 1, 1300, ids.device, torch.float32)
-    found = prefill(model, cache, ids, torch.arange(1200)[None])
+    found = prefill(model, fused.decoder(model, cache), ids, torch.arange(1200)[None])
     torch.testing.assert_close(found, model(ids)[:, -1], rtol=0, atol=1e-4)
 
 

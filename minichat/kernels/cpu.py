@@ -1,4 +1,4 @@
-"""The CPU kernel: builds kernels/int4_cpu.cpp at first use, and wraps it in the functions that every kernel has."""
+"""The CPU kernel: builds kernels/*_cpu.cpp at first use, and wraps int4_cpu.cpp as int4_reference.py says."""
 
 import ctypes
 import functools
@@ -21,8 +21,9 @@ from minichat.kernels import _sources
 from minichat.kernels import int4_reference as reference
 from minichat.kernels.int4_reference import Packed
 
-SOURCE = _sources / "int4_cpu.cpp"
-FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-Wno-psabi"]
+SOURCE = _sources / "step_cpu.cpp"  # which includes the other
+INCLUDED = _sources / "int4_cpu.cpp"
+FLAGS = ["-O2", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-Wno-psabi"]
 if sys.platform == "darwin":
     FLAGS += ["-undefined", "dynamic_lookup"]  # OpenMP's functions are found when it is loaded
 
@@ -53,16 +54,22 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     return _dequantize_rows(packed, 0, packed.out_features, dtype)
 
 
-def matmul(x: Tensor, packed: Packed) -> Tensor:
-    """x (..., K) fp32, bf16 or fp16 -> x @ weight^T (..., N), in x's dtype; the weights and sums are fp32."""
+def matmul(x: Tensor, packed: Packed, exact: bool = True) -> Tensor:
+    """x (..., K) fp32, bf16 or fp16 -> x @ weight^T (..., N), in x's dtype; sums of 32 are integers, and added in fp32.
+
+    exact: x is rounded to 15 bits in each chunk of 32 (an error of about 3e-5), else to 8 (5e-3) and twice as fast.
+    """
     N, K = packed.out_features, packed.in_features
     reference.check_input(x, K, packed)
-    rows = x.detach().reshape(-1, K).to(torch.float32).contiguous()
-    y = torch.empty(rows.shape[0], packed.codes.shape[0] * ROWS, dtype=torch.float32, device="cpu")
-    if rows.shape[0] > 0:
-        library().matmul(_pointer(rows), rows.shape[0], *_weight(packed), _pointer(y), isa(), torch.get_num_threads())
-    if y.shape[1] > N:
-        y = y[:, :N].contiguous()
+    rows = x.detach().reshape(-1, K).contiguous()
+    M, planes = rows.shape[0], 2 if exact else 1
+    y = torch.empty(M, N, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
+    chunks = torch.empty(M * (K // 32) * (32 * planes + 12), dtype=torch.uint8)
+    if M > 0:
+        library().matmul(
+            _pointer(rows), KINDS[x.dtype], M, planes, _pointer(chunks), *_weight(packed), _pointer(y), KINDS[y.dtype],
+            isa(), torch.get_num_threads(),
+        )  # fmt: skip
     return y.to(x.dtype).view(*x.shape[:-1], N)
 
 
@@ -161,7 +168,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def isa() -> int:
-    """The best instruction set that runs here: 0 portable, 1 AVX2 with FMA, 2 AVX-512."""
+    """The best instruction set that runs here: 0 portable, 1 AVX2 with FMA, 2 AVX-512 with VNNI."""
     return library().best_isa()
 
 
@@ -181,27 +188,30 @@ def _build_and_load() -> ctypes.CDLL | None:
         return None
     i, n, p = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     weight = [p, p, i, p, n, n, n, i]
-    loaded.matmul.argtypes = [p, n, *weight, p, i, i]
+    loaded.matmul.argtypes = [p, i, n, i, p, *weight, p, i, i, i]
     loaded.dequantize.argtypes = [*weight, n, n, p, i, i, i]
     loaded.quantize.argtypes = [p, i, n, n, n, n, p, p, i, p, p, i, i]
-    for function in (loaded.matmul, loaded.dequantize, loaded.quantize):
+    loaded.step.argtypes = [p, i, i]
+    loaded.step_scratch.argtypes, loaded.step_scratch.restype = [p, i], n
+    for function in (loaded.matmul, loaded.dequantize, loaded.quantize, loaded.step):
         function.restype = None
     return loaded
 
 
 def _build() -> Path:
     """The compiled library's path in the cache; compiles it if it is not there. Raises OSError, CalledProcessError."""
-    source = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS, sys.platform, platform.machine())).encode()).hexdigest()
+    known = SOURCE.read_bytes(), INCLUDED.read_bytes(), FLAGS, sys.platform, platform.machine()
+    source = hashlib.sha256(repr(known).encode()).hexdigest()
     folder = cache_folder()
     try:
         compiler = _compiler()
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         # no compiler here, but perhaps there was one where the cache comes from (the build stage of a container)
-        if built := sorted(folder.glob(f"int4_cpu-{source[:16]}-*.so")):
+        if built := sorted(folder.glob(f"cpu-{source[:16]}-*.so")):
             return built[0]
         raise
-    path = folder / f"int4_cpu-{source[:16]}-{hashlib.sha256(version).hexdigest()[:8]}.so"
+    path = folder / f"cpu-{source[:16]}-{hashlib.sha256(version).hexdigest()[:8]}.so"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,431 @@
+"""A 7B in INT4 on the CPU: ours beside llama.cpp, in one run, in turn.
+
+    python bench/cpu.py --record --scratch DIR      # about 40 minutes and 15 GB of disk on 2 cores
+
+llama.cpp is built from the source archive that the package index carries with llama-cpp-python. Both models have
+Mistral-7B's shape and random weights; theirs is Q4_0 with a Q6_K head (4.5 bits a weight), ours groups of 32 (4.5 bits)
+or 128 (4.125) with the head in INT8. Each measurement is a process of its own; rounds alternate between them.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+LLAMA = "0.3.36"  # the release of llama-cpp-python whose llama.cpp is built
+HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCAB = 4096, 14336, 32, 32, 8, 32000
+PREFILLS = (16, 128, 512)
+DEPTH = 2048
+# what a CPU says of itself in /proc/cpuinfo, and llama.cpp's option for it. No AMX: some virtual machines name it and
+# stop a program that uses it.
+OPTIONS = {
+    "avx": "AVX", "avx2": "AVX2", "fma": "FMA", "f16c": "F16C", "bmi2": "BMI2", "avx512f": "AVX512",
+    "avx512vbmi": "AVX512_VBMI", "avx512_vnni": "AVX512_VNNI", "avx512_bf16": "AVX512_BF16", "avx_vnni": "AVX_VNNI",
+}  # fmt: skip
+
+
+# ---- the peer ----
+
+
+def build_llama(scratch: Path) -> Path:
+    """llama-bench, built for this CPU."""
+    binary = scratch / "llama-build" / "bin" / "llama-bench"
+    if binary.exists():
+        return binary
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", str(scratch)]
+    subprocess.run([*pip, f"llama-cpp-python=={LLAMA}"], check=True)
+    with tarfile.open(scratch / f"llama_cpp_python-{LLAMA}.tar.gz") as archive:
+        archive.extractall(scratch, filter="data")
+    flags = Path("/proc/cpuinfo").read_text().split("flags")[1].split("\n")[0].split()
+    options = [f"-DGGML_{option}={'ON' if flag in flags else 'OFF'}" for flag, option in OPTIONS.items()]
+    options += ["-DGGML_NATIVE=OFF", "-DLLAMA_CURL=OFF", "-DBUILD_SHARED_LIBS=OFF", "-DCMAKE_BUILD_TYPE=Release"]
+    options += [f"-DLLAMA_BUILD_{part}=OFF" for part in ("TESTS", "SERVER", "EXAMPLES")]
+    source, build = scratch / f"llama_cpp_python-{LLAMA}" / "vendor" / "llama.cpp", scratch / "llama-build"
+    subprocess.run(["cmake", "-S", str(source), "-B", str(build), *options], check=True, stdout=subprocess.DEVNULL)
+    command = ["cmake", "--build", str(build), "--target", "llama-bench", "-j", str(os.cpu_count())]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return binary
+
+
+def make_gguf(file: Path) -> None:
+    """The model as llama.cpp's own quantiser would leave it: Q4_0, the head Q6_K, the norms in fp32."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(32768)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(VOCAB)
+    writer.add_tokenizer_model("none")
+    rng = np.random.default_rng(0)
+
+    def random(N: int, K: int, block: int, size: int, scale_at: int, scale: float):
+        """Rows of blocks of `size` bytes, random but for the fp16 scale."""
+        rows = rng.integers(0, 256, (N, K // block, size), dtype=np.uint8)
+        scales = (rng.uniform(0.5, 1.5, (N, K // block, 1)) * scale).astype(np.float16)
+        rows[..., scale_at : scale_at + 2] = scales.view(np.uint8)
+        return rows.reshape(N, -1)
+
+    names = gguf.GGMLQuantizationType
+    kv = HIDDEN // HEADS * KV_HEADS
+    shapes = {
+        "attn_q": (HIDDEN, HIDDEN),
+        "attn_k": (kv, HIDDEN),
+        "attn_v": (kv, HIDDEN),
+        "attn_output": (HIDDEN, HIDDEN),
+    }
+    shapes |= {"ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER)}
+    matrices = {"token_embd": (VOCAB, HIDDEN)}
+    matrices |= {f"blk.{i}.{name}": shape for i in range(LAYERS) for name, shape in shapes.items()}
+    for name, (N, K) in matrices.items():
+        writer.add_tensor_info(f"{name}.weight", (N, K // 32 * 18), np.dtype(np.uint8), N * K // 32 * 18, names.Q4_0)
+    head = HIDDEN // 256 * 210
+    writer.add_tensor_info("output.weight", (VOCAB, head), np.dtype(np.uint8), VOCAB * head, names.Q6_K)
+    norms = ["output_norm", *(f"blk.{i}.{name}" for i in range(LAYERS) for name in ("attn_norm", "ffn_norm"))]
+    for name in norms:
+        writer.add_tensor_info(f"{name}.weight", (HIDDEN,), np.dtype(np.float32), HIDDEN * 4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for N, K in matrices.values():
+        writer.write_tensor_data(random(N, K, 32, 18, 0, 0.004))
+    writer.write_tensor_data(random(VOCAB, HIDDEN, 256, 210, 208, 0.0001))
+    for _ in norms:
+        writer.write_tensor_data(np.ones(HIDDEN, np.float32))
+    writer.close()
+
+
+def measure_llama(binary: Path, model: Path, threads: int, depth: bool, repack: bool = False) -> dict:
+    """Tokens/s of prompts and of decoding, and the process's peak of resident memory, GB."""
+    command = [str(binary), "-m", str(model), "-t", str(threads), "-r", "1", "-o", "json"]
+    prompts = ",".join(map(str, PREFILLS if threads > 1 else PREFILLS[1:2]))
+    runs = [["-p", prompts, "-n", "32"]] + ([["-p", "0", "-n", "16", "-d", str(DEPTH)]] if depth else [])
+    found = {}
+    for run in runs:
+        before = os.times().children_user
+        process = subprocess.Popen(
+            [*command, *run, *(["-rtr", "1"] if repack else [])], stdout=subprocess.PIPE, text=True
+        )
+        out = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        if status or before < 0:
+            raise SystemExit(f"{binary} ended with status {status}")
+        for row in json.loads(out):
+            name = f"prefill_{row['n_prompt']}" if row["n_prompt"] else "decode"
+            found[name + (f"_at_{row['n_depth']}" if row.get("n_depth") else "")] = row["avg_ts"]
+        found["peak_gb"] = max(found.get("peak_gb", 0), usage.ru_maxrss * 1024 / 1e9)
+    return found
+
+
+# ---- ours ----
+
+
+def make_ours(folder: Path, group: int) -> None:
+    """The same shape in compressed-tensors' format, from random codes."""
+    import torch
+    from minichat.kernels.int4_reference import Packed
+    from torch import nn
+
+    import minichat
+    from minichat import int4
+    from minichat.assets import sums
+    from minichat.model import Config, without_weights
+    from minichat.tokenizer import Tokenizer
+
+    tokenizer = folder.parent / "tokenizer"
+    if not tokenizer.exists():
+        tokenizer.mkdir()
+        sums.train_tokenizer(tokenizer)
+    kv = HIDDEN // HEADS
+    model = without_weights(Config(VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, kv, 4096, 32768, rms_norm_eps=1e-5))
+    model.scheme = int4.Scheme(group_size=group)
+    generator = torch.Generator().manual_seed(0)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            N, K = module.out_features, module.in_features
+            codes = torch.randint(-(2**62), 2**62, (N, K // 16), generator=generator).view(torch.int32)
+            scale = ((torch.rand(N, K // group, generator=generator) + 0.5) * 0.004).bfloat16()
+            parent, _, leaf = name.rpartition(".")
+            packed = Packed(codes, scale, None, N, K, group, 4)
+            setattr(model.get_submodule(parent), leaf, int4.Int4Linear(packed, "int4_reference"))
+        elif hasattr(module, "weight"):
+            shape = module.weight.shape
+            drawn = torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0, 0.02, generator=generator)
+            module.weight = nn.Parameter(drawn.bfloat16())
+    minichat.save(model, Tokenizer(tokenizer), folder)
+
+
+def work(folder: Path, what: str, threads: int) -> dict:
+    """One measurement in this process, over a folder that was opened before, so that the cache has it."""
+    import torch
+
+    start = time.perf_counter()
+    from minichat import device, fused, int4, packed
+    from minichat.cache import KVCache
+    from minichat.generation import Sampling, decode
+
+    torch.set_num_threads(threads)
+    model, _ = packed.load_model(str(folder), "cpu", None, True)
+    int4.set_exact(model, not what.startswith("int8"))
+    found = {"load_seconds": time.perf_counter() - start}
+    generator = torch.Generator().manual_seed(1)
+
+    def run(prompts: int, length: int, new: int) -> tuple[float, float]:
+        """Prompt tokens/s, and new tokens/s of all rows."""
+        ids = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for _ in range(prompts)]
+        start = time.perf_counter()
+        times = [time.perf_counter() - start for _ in decode(model, ids, new + 1, Sampling(), ())]
+        return prompts * length / times[0], prompts * new / max(1e-9, times[-1] - times[0])
+
+    def at(depth: int, new: int) -> float:
+        """New tokens/s over a cache that holds `depth` tokens, here random ones."""
+        with torch.inference_mode():
+            cache = KVCache(model.config, 1, depth + new + 1, model.device, torch.bfloat16)
+            for tensor in (*cache.k, *cache.v):
+                tensor.normal_(generator=generator)
+            cache.filled = depth
+            cache.columns += depth
+            cache.positions[:, :depth] = torch.arange(depth)
+            step, ids = fused.decoder(model, cache), torch.tensor([[5]])
+            for i in range(new + 1):
+                if i == 1:
+                    start = time.perf_counter()
+                ids = model.lm_head(step(ids, torch.tensor([[depth + i]])))[:, -1].argmax(-1, keepdim=True)
+            return new / (time.perf_counter() - start)
+
+    if what == "memory":
+        rates = run(1, DEPTH - 64, 63)
+        return {"peak_gb": device.peak_memory_gib(model.device) * 2**30 / 1e9, "prefill_1984": rates[0]}
+    if what == "speculate":
+        return speculation(model, generator)
+    run(1, 4, 2)
+    wall = torch.ones(1 << 27, dtype=torch.int64)  # 1 GB
+    wall.sum()
+    start = time.perf_counter()
+    for _ in range(3):
+        wall.sum()
+    found["read_gb_per_s"] = 3 * wall.nbytes / (time.perf_counter() - start) / 1e9
+    del wall
+    for length in PREFILLS if threads > 1 else PREFILLS[1:2]:
+        if what.endswith("decode"):
+            break
+        found[f"prefill_{length}"] = run(1, length, 1)[0]
+    found["decode"] = run(1, 4, 32)[1]
+    if threads > 1 and not what.endswith("decode"):
+        found["decode_batch_8"] = run(8, 4, 16)[1]
+        pairs = [(at(0, 16), at(DEPTH, 16)) for _ in range(2)]
+        found["depth_ratio"] = statistics.median(b / a for a, b in pairs)
+        found[f"decode_at_{DEPTH}"] = pairs[-1][1]
+    weights = [m for m in model.modules() if isinstance(m, int4.Int4Linear)]
+    read = sum(buffer.nbytes for module in weights for buffer in module.buffers(recurse=False))
+    found["gb_per_token"] = read / 1e9
+    found["bandwidth_share"] = found["decode"] * read / 1e9 / found["read_gb_per_s"]
+    return found
+
+
+def speculation(model, generator) -> dict:
+    """Tokens/s with drafts over those without, in turn: of text that copies, and of text that does not.
+
+    Random weights copy nothing, whatever the prompt repeats. Without what attention and MLPs add, a token follows from
+    the last one alone, and so the text soon repeats itself, at the same cost a pass.
+    """
+    import torch
+
+    from minichat.generation import Sampling, decode
+
+    def rate(prompt: list[int], speculate: bool) -> float:
+        times = [time.perf_counter() for _ in decode(model, [prompt], 97, Sampling(), (), speculate)]
+        return 96 / (times[-1] - times[0])
+
+    passage = torch.randint(3, VOCAB, (64,), generator=generator).tolist()
+    found = {"not_copied": spread([rate(passage * 3, True) / rate(passage * 3, False) for _ in range(3)])}
+    for block in model.model.layers:
+        for linear in (block.self_attn.o_proj, block.mlp.down_proj):
+            linear.scale = torch.zeros_like(linear.scale)
+    prompt = [passage[0]]
+    for column in decode(model, [prompt], 600, Sampling(), (), True):
+        prompt.append(int(column))
+    found["copied"] = spread([rate(prompt, True) / rate(prompt, False) for _ in range(3)])
+    return found
+
+
+def torch_int4(threads: int) -> dict:
+    """torch's own INT4 matmul, groups of 128: the linears of a token alone, by 8 layers of them."""
+    import torch
+
+    torch.set_num_threads(threads)
+    qkv = HIDDEN + 2 * HIDDEN // HEADS * KV_HEADS
+    weights = []
+    for N, K in [(qkv, HIDDEN), (HIDDEN, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)] * 8:
+        codes = torch.randint(0, 16, (N, K), dtype=torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+        scales = torch.rand(K // 128, N, 2).bfloat16() / 100
+        weights.append((K, packed, scales))
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for K, packed, scales in weights:
+            torch.ops.aten._weight_int4pack_mm_for_cpu(torch.ones(1, K, dtype=torch.bfloat16), packed, 128, scales)
+        seconds.append((time.perf_counter() - start) * LAYERS / 8)
+    return {"decode": 1 / statistics.median(seconds)}
+
+
+def measure(folder: Path, what: str, threads: int, cache: Path) -> dict:
+    command = [sys.executable, __file__, "--work", what, "--model", str(folder), "--threads", str(threads)]
+    environment = {**os.environ, "MINICHAT_CACHE": str(cache), "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ---- the run ----
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--scratch", type=Path, required=True, help="where builds and models are kept, to use them again"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ik", type=Path, help="a built ik_llama.cpp: the folder that holds llama-bench")
+    parser.add_argument("--record", action="store_true", help="write bench/results/cpu.json and cpu.png")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        print(
+            json.dumps(torch_int4(args.threads) if args.work == "torch" else work(args.model, args.work, args.threads))
+        )
+        return
+    scratch, cache = args.scratch, args.scratch / "cache"
+    scratch.mkdir(parents=True, exist_ok=True)
+    binary, gguf = build_llama(scratch), scratch / "7b-q4_0.gguf"
+    if not gguf.exists():
+        make_gguf(scratch / "writing.gguf")
+        (scratch / "writing.gguf").rename(gguf)
+    for group in (32, 128):
+        folder = scratch / f"int4-g{group}"
+        if not (folder / "config.json").exists():
+            make_ours(folder, group)
+        measure(folder, "decode", 2, cache)  # the first start writes the cache
+    kinds = {
+        "llama": lambda t, i: measure_llama(binary, gguf, t, depth=t > 1 and i == 0),
+        "g32": lambda t, i: measure(scratch / "int4-g32", "exact", t, cache),
+        "g32_int8": lambda t, i: measure(scratch / "int4-g32", "int8", t, cache),
+        "g128": lambda t, i: measure(scratch / "int4-g128", "exact-decode", t, cache),
+        "torch": lambda t, i: measure(scratch, "torch", t, cache),
+    }
+    if args.ik:
+        kinds["ik"] = lambda t, i: measure_llama(args.ik / "llama-bench", gguf, t, False, repack=True)
+    rounds = []
+    for i in range(args.rounds):
+        for threads in (2, 1):
+            found = {kind: run(threads, i) for kind, run in kinds.items() if threads > 1 or i == 0}
+            if found:
+                rounds.append({"threads": threads, **found})
+                for kind, figures in found.items():
+                    shown = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+                    print(f"round {i + 1}, {threads} threads, {kind:8}: {shown}", flush=True)
+    memory = measure(scratch / "int4-g32", "memory", 2, cache)
+    print(f"{DEPTH} tokens: {memory}")
+    speculate = measure(scratch / "int4-g32", "speculate", 2, cache)
+    print(f"speculation: {speculate}")
+    two = [found for found in rounds if found["threads"] == 2]
+
+    def ratio(ours: str, name: str, peer: str = "llama") -> dict:
+        return spread([found[ours][name] / found[peer][name] for found in two])
+
+    def share(kind: str, name: str) -> dict:
+        return spread([found[kind][name] for found in two])
+
+    ratios = {
+        "decode_g32": ratio("g32_int8", "decode"),
+        "decode_g128": ratio("g128", "decode"),
+        "exact_decode": ratio("g32", "decode"),
+        "prefill_16": ratio("g32_int8", "prefill_16"),
+        "prefill_128": ratio("g32_int8", "prefill_128"),
+        "prefill_512": ratio("g32_int8", "prefill_512"),
+        "exact_prefill_128": ratio("g32", "prefill_128"),
+        "exact_prefill_512": ratio("g32", "prefill_512"),
+        "bandwidth_share": share("g32", "bandwidth_share"),
+        "batch8": spread([found["g32"]["decode_batch_8"] / found["g32"]["decode"] for found in two]),
+        "depth2048": share("g32", "depth_ratio"),
+        "peak_gb": memory["peak_gb"],
+        "speculate_copied": speculate["copied"],
+        "speculate_not_copied": speculate["not_copied"],
+    }
+    if args.ik:
+        ratios |= {
+            "ik_decode_g32": ratio("g32", "decode", "ik"),
+            "ik_prefill_128": ratio("g32_int8", "prefill_128", "ik"),
+        }
+    for name, value in ratios.items():
+        print(f"{name}: {value}")
+    if args.record:
+        record(rounds, memory, ratios)
+
+
+def spread(values: list[float]) -> dict:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def record(rounds: list[dict], memory: dict, ratios: dict) -> None:
+    import torch
+    from demo import cpu
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    content = {
+        "command": "python bench/cpu.py --record --scratch DIR",
+        "commit": commit.strip(),
+        "machine": f"{cpu()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "llama-cpp-python": LLAMA},
+        "model": "Mistral-7B's shape, random weights; llama.cpp Q4_0 with a Q6_K head, ours INT4 with an INT8 head",
+        "rounds": rounds,
+        "memory": memory,
+        "ratios": ratios,
+    }
+    results = ROOT / "bench" / "results"
+    (results / "cpu.json").write_text(json.dumps(content, indent=2) + "\n")
+    chart(rounds, results / "cpu.png")
+
+
+def chart(rounds: list[dict], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    two = [found for found in rounds if found["threads"] == 2]
+    labels = {"llama": "llama.cpp Q4_0", "g32": "minichat, exact", "g32_int8": "minichat, int8"}
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
+    for axis, (name, title) in zip(
+        axes, {"decode": "decode", "prefill_128": "prompt of 128", "prefill_512": "prompt of 512"}.items()
+    ):
+        values = [statistics.median(found[kind][name] for found in two) for kind in labels]
+        bars = axis.bar(labels.values(), values, color=["0.6", "tab:blue", "tab:cyan"])
+        axis.bar_label(bars, fmt="%.1f")
+        axis.set_title(title)
+        axis.tick_params(axis="x", labelrotation=20)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("tokens/s, 7B, 2 threads")
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

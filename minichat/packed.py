@@ -1,0 +1,106 @@
+"""A model for decoding INT4 on the CPU: as the kernel reads it, in one file of the cache that is mapped into memory.
+
+The first start quantises, which takes a minute or two for a 7B, and writes the file; the next one opens it, and the
+pages come as they are read. The head is in INT8 here, groups of 32: in fp32 it would be an eighth of all that a token
+reads.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minichat import device as devices
+from minichat import files, kernels, lora, weights
+from minichat import int4 as quant
+from minichat.errors import BadInput
+from minichat.metrics import show
+from minichat.model import Mistral, without_weights
+from minichat.tokenizer import Tokenizer
+
+VERSION = 1  # of the file, and of the layout in kernels/int4_cpu.cpp
+LARGE = 64 << 20  # bytes of a model from which on it is kept
+FILE = "model.safetensors"
+HEAD = quant.Scheme(bits=8, group_size=32, skip=())
+
+
+def load_model(
+    source: str,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    int4: bool | quant.Scheme = False,
+    adapter: str | None = None,
+) -> tuple[Mistral, Tokenizer]:
+    """weights.load_model for a model that will only decode: on the CPU, an INT4 one comes from the cache if it can."""
+    where = devices.pick(device)
+    folder, adapters = weights.chain(source)
+    adapters += [] if adapter is None else [lora.Adapter(weights.resolve(adapter))]
+    scheme = weights.read_scheme(folder) or (quant.Scheme() if int4 is True else int4)
+    on_cpu = where.type == "cpu" and dtype in (None, torch.float32)
+    if not (scheme and on_cpu and kernels.for_device(where) is kernels.named("cpu")):
+        return weights.load_model(source, device, dtype, int4, adapter)
+    known = [weights.identity(folder), *(weights.identity(a.folder) for a in adapters)]
+    known += [VERSION, str(scheme), (folder / "config.json").read_text()]
+    at = files.cache_folder() / "packed" / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
+    if (at / FILE).exists():
+        return _open(at / FILE, folder, scheme), weights.tokenizer_of(folder, adapters)
+    model, tokenizer = weights.load_model(source, device, dtype, int4, adapter)
+    _quantise_head(model)
+    tensors = {} if lora.adapted(model) else _tensors(model)
+    if sum(tensor.nbytes for tensor in tensors.values()) < LARGE:
+        return model, tokenizer
+    try:
+        with files.staged(at, last=FILE) as new:
+            files.write_mapped(tensors, new / FILE)
+    except BadInput as error:  # a cache is no reason to fail
+        show(f"minichat: not kept for the next start: {error}")
+        return model, tokenizer
+    show(f"minichat: kept for the next start in {at}")
+    del model, tensors
+    devices.release_host_memory()
+    return _open(at / FILE, folder, scheme), tokenizer
+
+
+@torch.no_grad()
+def _quantise_head(model: Mistral) -> None:
+    head = model.lm_head
+    if type(head) is nn.Linear and head.in_features % HEAD.group_size == 0:
+        model.lm_head = quant.Int4Linear.from_weight(head.weight, HEAD)
+
+
+def _tensors(model: Mistral) -> dict[str, Tensor]:
+    """What the file holds: the buffers of quantised linears, and the parameters of all else."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, quant.Int4Linear):
+            found |= {f"{name}.{key}": tensor for key, tensor in module.named_buffers(recurse=False)}
+    for name, weight in model.named_parameters():
+        half = weight.detach().bfloat16()
+        is_embedding = name == "model.embed_tokens.weight"  # only its rows are read, each cast to the activations' type
+        found[name] = half if is_embedding and torch.equal(half.float(), weight) else weight.detach()
+    return found
+
+
+def _open(file: Path, folder: Path, scheme: quant.Scheme) -> Mistral:
+    """The model in a file that load_model wrote. Raises BadInput if it is corrupt."""
+    tensors = files.read_mapped(file)
+    model = without_weights(weights.read_config(folder))
+    model.scheme = scheme
+    try:
+        for name, module in list(model.named_modules()):
+            parent, _, leaf = name.rpartition(".")
+            if isinstance(module, nn.Linear) and f"{name}.codes" in tensors:
+                bits = scheme.bits if name != "lm_head" or "lm_head" not in scheme.skip else HEAD.bits
+                size = scheme.group_size if bits == scheme.bits else HEAD.group_size
+                buffers = (tensors.get(f"{name}.{key}") for key in ("codes", "scale", "zero"))
+                packed = quant.Packed(*buffers, module.out_features, module.in_features, size, bits)
+                setattr(model.get_submodule(parent), leaf, quant.Int4Linear(packed, "cpu"))
+            elif (weight := tensors.get(f"{name}.weight")) is not None:
+                module.weight = nn.Parameter(weight, requires_grad=False)
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            raise KeyError("not all weights are there")
+    except (KeyError, AttributeError, RuntimeError) as error:
+        raise BadInput(f"{file} is corrupt ({error}); delete it: it is made again") from None
+    return model.eval()

@@ -1,0 +1,137 @@
+"""The CPU's decode step against the plain model over the same INT4 weights, and where it is used."""
+
+import threading
+
+import pytest
+import torch
+
+from minichat import fused, generation, int4, lora
+from minichat.cache import KVCache
+from minichat.kernels import cpu
+from minichat.model import Config, Mistral
+
+SETS = ["portable", "avx2", "avx512"]
+#          H KvH Hd  inner window exact symmetric
+SHAPES = [(8, 2, 32, 192, None, True, True), (8, 4, 64, 320, 6, True, False), (6, 1, 32, 96, 4, False, True)]
+SHAPES += [(4, 4, 128, 160, 9, True, True), (10, 2, 32, 64, None, True, True)]
+
+
+@pytest.fixture(scope="module", params=SETS)
+def isa(request):
+    if not cpu.available():
+        pytest.skip("no C++ compiler")
+    if SETS.index(request.param) > cpu.isa():
+        pytest.skip(f"this machine has no {request.param}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "isa", lambda: SETS.index(request.param))
+        yield request.param
+
+
+def make(H=8, KvH=2, Hd=32, inner=192, window=None, exact=True, symmetric=True, bits=4):
+    torch.manual_seed(0)
+    model = Mistral(Config(97, 256, inner, 3, H, KvH, Hd, window, 4096))
+    model.init_weights(1)
+    for weight in model.parameters():
+        weight.data = weight * 3 if weight.dim() > 1 else weight + 0.2 * torch.randn_like(weight)
+    int4.quantize(model, 32, bits, symmetric)
+    return int4.set_exact(model, exact).eval()
+
+
+def caches(model, rows, slots, dtype):
+    return [KVCache(model.config, rows, slots, torch.device("cpu"), dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_the_step_is_the_model(isa, shape, dtype):
+    """A prompt, single tokens, several at once; rows of other lengths; round the ring and past the window."""
+    model = make(*shape)
+    plain, ours = caches(model, 3, 20, dtype)
+    step, column = fused.CpuStep(model, ours), 0
+    limit = (3e-2 if dtype == torch.bfloat16 else 2e-3) if shape[5] else 5e-2  # roundings that fall to the other side
+    for T in (5, 1, 1, 3, 1, 1, 1, 4, 1):
+        ids = torch.randint(0, 97, (3, T))
+        positions = torch.arange(column, column + T).repeat(3, 1) - torch.tensor([[0], [2], [4]])
+        positions = positions.clamp_min(-1)
+        expected, found = model.model(ids, positions, plain), step(ids, positions)
+        real = positions >= 0
+        assert (found - expected)[real].norm() / expected[real].norm() < limit
+        assert torch.equal(plain.positions, ours.positions) and plain.filled == ours.filled
+        column += T
+
+
+@torch.inference_mode()
+def test_a_token_has_the_same_logits_alone_and_among_others(isa):
+    """Bit for bit: what a draft is checked by is what greedy decoding would have said."""
+    model = make(window=12)
+    one, several = caches(model, 1, 40, torch.bfloat16)
+    ids, positions = torch.randint(0, 97, (1, 30)), torch.arange(30)[None]
+    singly = fused.CpuStep(model, one)
+    rows = [singly(ids[:, i : i + 1], positions[:, i : i + 1]) for i in range(30)]
+    together = fused.CpuStep(model, several)
+    parts = [together(ids[:, a:b], positions[:, a:b]) for a, b in ((0, 1), (1, 8), (8, 10), (10, 30))]
+    assert torch.equal(torch.cat(rows, 1), torch.cat(parts, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one.k, several.k))
+
+
+@torch.inference_mode()
+def test_threads_change_nothing(isa):
+    model = make(window=12)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            step = fused.CpuStep(model, caches(model, 2, 20, torch.bfloat16)[0])
+            ids = torch.arange(32).view(2, 16)
+            found.append(step(ids, torch.arange(16).repeat(2, 1)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_several_python_threads_at_once():
+    if not cpu.available():
+        pytest.skip("no C++ compiler")
+    model, found = make(), {}
+    prompts = [[i, i + 1, i + 2] for i in range(4)]
+    expected = [generation.generate(model, [p], 20, stop_ids=()) for p in prompts]
+
+    def work(i):
+        found[i] = generation.generate(model, [prompts[i]], 20, stop_ids=())
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[i] for i in range(4)] == expected
+
+
+def test_what_fits():
+    if not cpu.available():
+        pytest.skip("no C++ compiler")
+    assert fused.fits(make()) and fused.fits(make(bits=8, symmetric=False))
+    assert not fused.fits(Mistral(make().config))  # float
+    assert not fused.fits(make().to(torch.bfloat16))
+    mixed = make()
+    mixed.model.layers[1].mlp.up_proj.exact = False
+    assert not fused.fits(mixed)
+    adapted = make()
+    lora.attach(adapted, 4, 8)
+    assert not fused.fits(adapted)
+    hooked = make()
+    hooked.model.layers[0].register_forward_hook(lambda *_: None)
+    assert not fused.fits(hooked)
+
+
+@torch.inference_mode()
+def test_a_long_prompt_goes_in_parts(monkeypatch):
+    if not cpu.available():
+        pytest.skip("no C++ compiler")
+    model = make(window=16)
+    whole, parts = caches(model, 2, 60, torch.bfloat16)
+    ids, positions = torch.randint(0, 97, (2, 50)), torch.arange(50).repeat(2, 1)
+    expected = fused.CpuStep(model, whole)(ids, positions)
+    monkeypatch.setattr(fused, "MOST_TOKENS", 14)
+    assert torch.equal(fused.CpuStep(model, parts)(ids, positions), expected)

@@ -1,0 +1,87 @@
+"""Drafts change nothing but the number of forward passes."""
+
+import pytest
+import torch
+from helpers import make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minichat.cache import KVCache
+from minichat.errors import BadInput
+from minichat.generation import generate
+from minichat.speculation import FEWEST, LONGEST, MOST, SHORTEST, Drafter
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_the_same_tokens_in_fewer_passes(window, monkeypatch):
+    """Of a random model, and of one whose tokens follow from the last one alone, so that it soon repeats itself."""
+    model, passes = make(sliding_window=window), []
+    looping = make(sliding_window=window)
+    for block in looping.model.layers:
+        block.self_attn.o_proj.weight.data.zero_()
+    forward = type(model.model).forward
+    monkeypatch.setattr(type(model.model), "forward", lambda *a, **k: passes.append(1) or forward(*a, **k))
+    for seed in range(5):
+        prompt = torch.randint(0, 97, (9,), generator=torch.Generator().manual_seed(seed)).tolist() * 3
+        expected = generate(looping, [prompt], 200, stop_ids=())
+        passes.clear()
+        assert generate(looping, [prompt], 200, stop_ids=(), speculate=True) == expected
+        assert len(passes) < 150
+        expected = generate(model, [prompt], 200, stop_ids=())
+        assert generate(model, [prompt], 200, stop_ids=(), speculate=True) == expected
+        stop = expected[0][60]
+        until = generate(model, [prompt], 200, stop_ids=[stop])
+        assert generate(model, [prompt], 200, stop_ids=[stop], speculate=True) == until
+    for new in (1, 2, 7):
+        assert generate(model, [prompt], new, stop_ids=(), speculate=True)[0] == expected[0][:new]
+
+
+def test_it_takes_one_greedy_prompt():
+    for prompts, flags in (([[1], [2]], {}), ([[1]], {"temperature": 1.0}), ([[1]], {"repetition_penalty": 1.1})):
+        with pytest.raises(BadInput, match="speculation"):
+            generate(make(), prompts, 5, speculate=True, **flags)
+
+
+@given(ids=st.lists(st.integers(0, 3), max_size=60))
+@settings(deadline=None, max_examples=200)
+def test_a_draft_is_what_followed_the_longest_end_that_came_before(ids):
+    draft = Drafter(ids).propose()
+    expected = []
+    for n in range(SHORTEST, LONGEST + 1):
+        for end in range(n, len(ids)):
+            if ids[end - n : end] == ids[len(ids) - n :]:  # the latest of the longest
+                expected = (ids[end:] * FEWEST)[:FEWEST] if end < len(ids) else expected
+    assert draft == expected
+
+
+def test_a_drafter_that_is_wrong_waits_longer_and_longer():
+    drafter, tried = Drafter([1, 2, 3, 4, 5] * 3), 0
+    for _ in range(200):
+        proposed = drafter.propose()
+        tried += bool(proposed)
+        drafter.learn(len(proposed), 0)
+    assert 5 <= tried <= 12
+    for _ in range(40):
+        proposed = drafter.propose()
+        drafter.learn(len(proposed), len(proposed))
+    assert len(drafter.propose()) >= 8 and len(drafter.propose()) <= MOST
+
+
+def test_what_is_taken_back_was_never_there():
+    """A rewound cache continues as one that never saw the columns, round the ring too."""
+    model = make(sliding_window=8)
+    where = torch.device("cpu")
+    rewound = KVCache(model.config, 1, 100, where, torch.float32, spare=5)
+    straight = KVCache(model.config, 1, 100, where, torch.float32)
+    column = 0
+    with torch.inference_mode():
+        for size, wrong in ((3, 0), (2, 5), (1, 4), (6, 2), (1, 5), (7, 1), (2, 0)):
+            ids = torch.randint(0, 97, (1, size))
+            positions = torch.arange(column, column + size)[None]
+            extra = torch.arange(column, column + size + wrong)[None]
+            drafted = torch.cat([ids, torch.randint(0, 97, (1, wrong))], 1)
+            found = model.model(drafted, extra, rewound)[:, :size]
+            rewound.rewind(wrong)
+            torch.testing.assert_close(found, model.model(ids, positions, straight), rtol=0, atol=1e-5)
+            column += size
+    assert rewound.filled == straight.filled == int(rewound.columns)
