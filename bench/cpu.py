@@ -287,7 +287,18 @@ def torch_int4(threads: int) -> dict:
 
 
 def measure(folder: Path, what: str, threads: int, cache: Path) -> dict:
-    command = [sys.executable, __file__, "--work", what, "--model", str(folder), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        __file__,
+        "--work",
+        what,
+        "--model",
+        str(folder),
+        "--threads",
+        str(threads),
+        "--scratch",
+        ".",
+    ]
     environment = {**os.environ, "MINICHAT_CACHE": str(cache), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -46,7 +46,7 @@ constexpr int64_t K_PANEL = 256;    // dequantise: k per panel of 16 rows
 constexpr int64_t L2_BYTES = 1 << 20;   // activations that should stay in L2 while weights pass by
 constexpr int PREFETCH = 512;       // words ahead, 2 KiB
 
-enum Kind { FP32, FP16, BF16 };
+enum Kind { FP32, FP16, BF16, INT8 };  // INT8: of the KV cache alone
 enum Isa { PORTABLE, AVX2, AVX512 };
 
 struct Weight {
@@ -137,6 +137,7 @@ struct Lanes {
     typedef uint32_t U __attribute__((vector_size(4 * W)));
     typedef uint16_t H __attribute__((vector_size(2 * W)));
     typedef uint8_t B __attribute__((vector_size(W)));
+    typedef int8_t S __attribute__((vector_size(W)));
 };
 
 template <class V>
@@ -165,12 +166,17 @@ INLINE typename Lanes<W>::U widen(const uint16_t* p) {
     return __builtin_convertvector(load<H>(p), typename Lanes<W>::U);
 }
 
-// W numbers of a 16- or 32-bit kind as fp32, exactly.
+// W numbers of a kind as fp32, exactly.
 template <int W>
 INLINE typename Lanes<W>::F load_floats(const void* p, Kind kind, int64_t at) {
     using F = typename Lanes<W>::F;
     using U = typename Lanes<W>::U;
     if (kind == FP32) return load<F>(static_cast<const float*>(p) + at);
+    if (kind == INT8) {
+        using Bytes = typename Lanes<W>::S;
+        using I = typename Lanes<W>::I;
+        return __builtin_convertvector(__builtin_convertvector(load<Bytes>(static_cast<const int8_t*>(p) + at), I), F);
+    }
     const U half = widen<W>(static_cast<const uint16_t*>(p) + at);
     if (kind == BF16) return (F)(half << 16);
     const F magnitude = (F)((half & 0x7fff) << 13) * 0x1p112f;  // moves the exponent's bias from 15 to 127

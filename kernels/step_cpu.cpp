@@ -10,6 +10,8 @@
 //
 // Each output is computed whole by one thread in an order that depends on neither their number nor the batch, so that
 // a token has the same logits alone and among others: a draft checked in one batch is what greedy decoding would say.
+#include <cmath>
+
 #include "int4_cpu.cpp"
 
 extern "C" __attribute__((weak)) void GOMP_barrier();
@@ -20,6 +22,7 @@ struct Layer {
     Weight q, k, v, o, gate, up, down;
     const float *norm1, *norm2;     // (D)
     void *keys, *values;            // (B, KvH, slots, Hd)
+    float *key_scales, *value_scales;  // (B, KvH, slots), of a cache of signed bytes
 };
 
 struct Step {
@@ -120,13 +123,20 @@ INLINE void rotate(float* x, const float* cos, const float* sin, int64_t Hd) {
     }
 }
 
+// A key or value of one token and head into its slot; a scale of bytes is their largest magnitude / 127.
 template <Kind KIND>
-INLINE void keep(void* cache, int64_t at, const float* values, int64_t count) {
-    for (int64_t i = 0; i < count; i++)
+INLINE void keep(void* cache, float* scales, int64_t slot, const float* values, int64_t Hd) {
+    float largest = 0;
+    for (int64_t i = 0; KIND == INT8 && i < Hd; i++) largest = std::max(largest, std::abs(values[i]));
+    const float inverse = largest > 0x1p-100f ? 127 / largest : 0;
+    if (KIND == INT8) scales[slot] = largest / 127;
+    for (int64_t i = 0; i < Hd; i++)
         if (KIND == FP32)
-            static_cast<float*>(cache)[at + i] = values[i];
+            static_cast<float*>(cache)[slot * Hd + i] = values[i];
+        else if (KIND == BF16)
+            static_cast<uint16_t*>(cache)[slot * Hd + i] = to_bf16(values[i]);
         else
-            static_cast<uint16_t*>(cache)[at + i] = to_bf16(values[i]);
+            static_cast<int8_t*>(cache)[slot * Hd + i] = static_cast<int8_t>(std::nearbyint(values[i] * inverse));
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------
@@ -136,7 +146,7 @@ constexpr int AHEAD = 16;  // keys or values that are asked for before they are 
 
 template <Kind KIND>
 INLINE void fetch(const void* cache, int64_t at, int64_t count) {
-    constexpr int64_t size = KIND == FP32 ? 4 : 2;
+    constexpr int64_t size = KIND == FP32 ? 4 : KIND == BF16 ? 2 : 1;
     for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(static_cast<const char*>(cache) + at * size + i);
 }
 
@@ -162,7 +172,7 @@ INLINE void sums_of_4(const typename Lanes<W>::F (&v)[HEADS], float* sums) {
 // scores (G, seen) of G heads' queries with one key head's keys, -inf where a key is not seen
 template <int W, Kind KIND>
 INLINE void score(const Step& s, const float* q, const void* keys, int64_t at, const int64_t* positions, int64_t now,
-                  float* scores, int64_t stride) {
+                  const float* scales, float* scores, int64_t stride) {
     using F = typename Lanes<W>::F;
     const int64_t G = s.H / s.KvH;
     const float root = 1 / __builtin_sqrtf(static_cast<float>(s.Hd));
@@ -182,14 +192,16 @@ INLINE void score(const Step& s, const float* q, const void* keys, int64_t at, c
                     for (int h = 0; h < HEADS; h++) sum[h] += load<F>(heads[h] + d) * values;
                 }
                 sums_of_4<W>(sum, sums);
+                for (int h = 0; h < HEADS; h++) sums[h] *= KIND == INT8 ? root * scales[k] : root;
             }
-            for (int64_t h = 0; h < count; h++) scores[(g + h) * stride + k] = sums[h] * root;
+            for (int64_t h = 0; h < count; h++) scores[(g + h) * stride + k] = sums[h];
         }
     }
 }
 
-template <int W>
-INLINE void softmax(float* scores, int64_t count) {
+// scores to weights, and those to weights of the bytes that the values are kept as
+template <int W, Kind KIND>
+INLINE void softmax(float* scores, int64_t count, const float* scales) {
     using F = typename Lanes<W>::F;
     const int64_t whole = (count + W - 1) / W * W;
     for (int64_t k = count; k < whole; k++) scores[k] = -__builtin_inff();
@@ -207,6 +219,7 @@ INLINE void softmax(float* scores, int64_t count) {
     }
     const float whole_sum = horizontal<W>(sums);
     for (int64_t k = 0; k < whole; k += W) store(scores + k, load<F>(scores + k) / whole_sum);
+    for (int64_t k = 0; KIND == INT8 && k < count; k++) scores[k] *= scales[k];
 }
 
 // out (G, Hd) = weights (G, seen) @ values (seen, Hd), for 4 vectors of Hd and 4 heads at a time
@@ -248,7 +261,8 @@ INLINE void mix(const Step& s, const float* weights, int64_t stride, const void*
 template <int W, Kind KIND>
 INLINE void attend(const Step& s, const Layer& layer, const Scratch& mine, int64_t b, int64_t head, float* scores,
                    int64_t* positions) {
-    const int64_t G = s.H / s.KvH, row = (s.H + 2 * s.KvH) * s.Hd, base = (b * s.KvH + head) * s.slots * s.Hd;
+    const int64_t G = s.H / s.KvH, row = (s.H + 2 * s.KvH) * s.Hd, base = (b * s.KvH + head) * s.slots;
+    const float *key_scales = layer.key_scales + base, *value_scales = layer.value_scales + base;
     std::copy(s.positions + b * s.slots, s.positions + b * s.slots + s.seen, positions);
     for (int64_t t = 0; t < s.T; t++) {
         const int64_t m = b * s.T + t, slot = (s.column + t) % s.slots;
@@ -257,12 +271,13 @@ INLINE void attend(const Step& s, const Layer& layer, const Scratch& mine, int64
         const float* v = k + s.KvH * s.Hd;
         for (int64_t g = 0; g < G; g++) rotate(q + g * s.Hd, s.cos + m * s.Hd, s.sin + m * s.Hd, s.Hd);
         rotate(k, s.cos + m * s.Hd, s.sin + m * s.Hd, s.Hd);
-        keep<KIND>(layer.keys, base + slot * s.Hd, k, s.Hd);
-        keep<KIND>(layer.values, base + slot * s.Hd, v, s.Hd);
+        keep<KIND>(layer.keys, layer.key_scales, base + slot, k, s.Hd);
+        keep<KIND>(layer.values, layer.value_scales, base + slot, v, s.Hd);
         positions[slot] = s.new_positions[m];
-        score<W, KIND>(s, q, layer.keys, base, positions, s.new_positions[m], scores, mine.stride);
-        for (int64_t g = 0; g < G; g++) softmax<W>(scores + g * mine.stride, s.seen);
-        mix<W, KIND>(s, scores, mine.stride, layer.values, base, mine.attended + (m * s.H + head * G) * s.Hd);
+        const int64_t first = base * s.Hd;
+        score<W, KIND>(s, q, layer.keys, first, positions, s.new_positions[m], key_scales, scores, mine.stride);
+        for (int64_t g = 0; g < G; g++) softmax<W, KIND>(scores + g * mine.stride, s.seen, value_scales);
+        mix<W, KIND>(s, scores, mine.stride, layer.values, first, mine.attended + (m * s.H + head * G) * s.Hd);
     }
 }
 
@@ -331,6 +346,8 @@ struct Thread {
         for (int64_t i = part.first; i < part.last; i++)
             if (s.cache_kind == FP32)
                 attend<W, FP32>(s, layer, mine, i / s.KvH, i % s.KvH, scores, positions);
+            else if (s.cache_kind == INT8)
+                attend<W, INT8>(s, layer, mine, i / s.KvH, i % s.KvH, scores, positions);
             else
                 attend<W, BF16>(s, layer, mine, i / s.KvH, i % s.KvH, scores, positions);
     }

@@ -14,8 +14,8 @@ class KVCache:
     All writes are index_copy_ with device tensors, so that one graph serves every token; slots that nothing has been
     written to yet are seen only as far as the device's buckets of lengths go.
 
-    k, v: per layer (B, KvH, slots, Hd); positions: (B, slots) int64, -1 = empty. spare: slots beyond those, as many
-    as rewind() may take back.
+    k, v: per layer (B, KvH, slots, Hd) of `dtype`; scales: of int8, (B, KvH, slots) of keys and of values per layer.
+    positions: (B, slots) int64, -1 = empty. spare: slots beyond those, as many as rewind() may take back.
     """
 
     def __init__(self, config, batch: int, slots: int, device: torch.device, dtype: torch.dtype, spare: int = 0):
@@ -28,6 +28,8 @@ class KVCache:
         self.filled = 0  # columns written so far, as the host knows without asking the device
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        in_bytes = layers if dtype == torch.int8 else ()
+        self.scales = [[torch.zeros(shape[:3], device=device) for _ in "kv"] for _ in in_bytes]
         self.positions = torch.full((batch, slots), -1, device=device)
         self.columns = torch.zeros((), device=device, dtype=torch.int64)  # the same, on the device
 
@@ -61,13 +63,21 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, KvH, T, Hd) keys and values of the columns just advanced; those that the queries see, S long."""
-        T = k.shape[2]
-        seen = []
-        for ring, new in ((self.k[layer], k), (self.v[layer], v)):
-            dtype, new = new.dtype, new.to(ring.dtype)
-            if T > 1:
-                seen.append(torch.cat([ring[:, :, : self._old], new], dim=2).to(dtype))
-            ring.index_copy_(2, self._write, new[:, :, T - self._kept :])
-            if T == 1:
-                seen.append(ring[:, :, : self._new].to(dtype))
-        return tuple(seen)
+        if self.scales:
+            rings = zip((self.k[layer], self.v[layer]), (k, v), self.scales[layer])
+            return tuple(self._in_bytes(*ring) for ring in rings)
+        rings = ((self.k[layer], k.to(self.k[layer].dtype)), (self.v[layer], v.to(self.v[layer].dtype)))
+        return tuple(self._written(ring, new).to(k.dtype) for ring, new in rings)
+
+    def _written(self, ring: Tensor, new: Tensor) -> Tensor:
+        """Put (B, KvH, T, …) into a ring; what the queries see of it, (B, KvH, S, …)."""
+        T = new.shape[2]
+        seen = torch.cat([ring[:, :, : self._old], new], dim=2) if T > 1 else None
+        ring.index_copy_(2, self._write, new[:, :, T - self._kept :])
+        return ring[:, :, : self._new] if seen is None else seen
+
+    def _in_bytes(self, ring: Tensor, new: Tensor, scales: Tensor) -> Tensor:
+        """The same for a ring of int8: each token's head has a scale, its largest magnitude / 127."""
+        scale = new.abs().amax(dim=-1).float() / 127
+        rounded = (new / scale.clamp_min(2.0**-100)[..., None]).round().to(torch.int8)
+        return (self._written(ring, rounded) * self._written(scales, scale)[..., None]).to(new.dtype)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
+import torch
+
 from minichat import chat, device, generation
 from minichat.errors import BadInput
 from minichat.generation import Answer, Sampling
@@ -52,7 +54,7 @@ class Talk:
         new = self.args.max_new_tokens
         return generation.answer(
             self.model, self.tokenizer, prompts, new, self.sampling, self.stop, self.stop_ids, on_text,
-            self.args.speculate,
+            self.args.speculate, torch.int8 if self.args.kv_cache == "int8" else None,
         )  # fmt: skip
 
     def answers(self, prompts: list[tuple[str, str]]) -> None:

@@ -46,7 +46,9 @@ def _struct(name: str, *fields: tuple[str, object]) -> type[ctypes.Structure]:
 # as they are in kernels/*_cpu.cpp
 _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
 _Weight = _struct("_Weight", ("words scale zero", _pointer), ("N K G", _integer), ("scale_kind", ctypes.c_int))
-_Layer = _struct("_Layer", ("q k v o gate up down", _Weight), ("norm1 norm2 keys values", _pointer))
+_Layer = _struct(
+    "_Layer", ("q k v o gate up down", _Weight), ("norm1 norm2 keys values key_scales value_scales", _pointer)
+)
 _Step = _struct(
     "_Step",
     ("layers", ctypes.POINTER(_Layer)),
@@ -69,12 +71,14 @@ class CpuStep:
             layer.norm1 = block.input_layernorm.weight.data_ptr()
             layer.norm2 = block.post_attention_layernorm.weight.data_ptr()
             layer.keys, layer.values = cache.k[i].data_ptr(), cache.v[i].data_ptr()
+            if cache.scales:
+                layer.key_scales, layer.value_scales = (scale.data_ptr() for scale in cache.scales[i])
         linear = blocks.layers[0].mlp.down_proj
         self.step = _Step(
             layers=layers, count=len(layers), D=config.hidden_size, H=config.num_attention_heads,
             KvH=config.num_key_value_heads, Hd=config.head_dim, inner=config.intermediate_size, slots=cache.slots,
             window=config.sliding_window or 0, bits=linear.bits, planes=2 if linear.exact else 1,
-            cache_kind=cpu.KINDS[cache.k[0].dtype], eps=config.rms_norm_eps, norm=blocks.norm.weight.data_ptr(),
+            cache_kind={**cpu.KINDS, torch.int8: 3}[cache.k[0].dtype], eps=config.rms_norm_eps, norm=blocks.norm.weight.data_ptr(),
             positions=cache.positions.data_ptr(),
         )  # fmt: skip
 

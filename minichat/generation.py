@@ -102,10 +102,12 @@ def decode(
     sampling: Sampling,
     stop_ids: Sequence[int],
     speculate: bool = False,
+    kv: torch.dtype | None = None,
 ) -> Iterator[Tensor]:
     """The (B,) int64 device tensor of each step's tokens, until all rows have stopped or max_new_tokens are there.
 
     A row that has drawn one of stop_ids repeats it from then on. speculate: see speculation.py; of one prompt, greedy.
+    kv: the cache's dtype, int8 too; None is bf16 beside INT4 weights on the CPU, and else the model's.
     """
     check(model, prompts, max_new_tokens)
     if speculate and (len(prompts) > 1 or sampling.temperature or sampling.repetition_penalty != 1):
@@ -119,7 +121,7 @@ def decode(
         ids[row, T - len(prompt) :] = torch.tensor(prompt)
         positions[row, T - len(prompt) :] = torch.arange(len(prompt))
     ids, positions = ids.to(where), positions.to(where)
-    dtype = torch.bfloat16 if fused.fits(model) else model.dtype
+    dtype = kv or (torch.bfloat16 if fused.fits(model) else model.dtype)
     spare = speculation.MOST if speculate else 0
     cache = KVCache(model.config, B, T + device.bucket(max_new_tokens, where), where, dtype, spare)
     position = positions[:, -1:] + 1
@@ -231,16 +233,17 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     seed: int | None = None,
     speculate: bool = False,
+    kv: torch.dtype | None = None,
 ) -> list[list[int]]:
     """Continue each prompt (a list of ids, of any lengths); the new ids of each, up to a stop id and with it.
 
     temperature 0 is greedy. stop_ids: None is config.json's eos, () is none. speculate: guess what was there before
-    and check several tokens at a time, for one prompt and greedy. Raises BadInput for an empty prompt, one that passes
-    the context, or a sampling number out of range.
+    and check several tokens at a time, for one prompt and greedy. kv: dtype of the cache, torch.int8 halves it. Raises
+    BadInput for an empty prompt, one that passes the context, or a sampling number out of range.
     """
     stops = default_stops(model) if stop_ids is None else tuple(stop_ids)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    columns = list(decode(model, prompts, max_new_tokens, sampling, stops, speculate))
+    columns = list(decode(model, prompts, max_new_tokens, sampling, stops, speculate, kv))
     return [cut(row, stops) for row in torch.stack(columns, dim=1).tolist()]
 
 
@@ -271,6 +274,7 @@ def answer(
     stop_ids: Sequence[int] | None = None,
     on_text: Callable[[int, str], None] | None = None,
     speculate: bool = False,
+    kv: torch.dtype | None = None,
 ) -> list[Answer]:
     """Texts for prompts, streamed: on_text(row, piece) gets whole characters, never a part of a stop string."""
     # a special token has no text in the answer: as a stop string it is its id
@@ -289,7 +293,7 @@ def answer(
             on_text(row, piece)
 
     # one step behind: the host reads a token while the device makes the next one
-    steps = decode(model, prompts, max_new_tokens, sampling, stops, speculate)
+    steps = decode(model, prompts, max_new_tokens, sampling, stops, speculate, kv)
     for tokens in (column.tolist() for column in _one_behind(steps, model.device)):
         now = time.perf_counter() - start
         first = now if first is None else first
