@@ -36,8 +36,8 @@ def parse():
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text")
     group.add_argument("--activations", choices=["exact", "int8"], default="exact", help="--int4 on the CPU: how they "
                        "are rounded, to 15 bits or to 8, which reads prompts 1.3 times as fast")  # fmt: skip
-    group.add_argument("--kv-cache", choices=["auto", "int8"], default="auto", help="keys and values of what was read: "
-                       "bf16 with --int4, else as the model; int8 halves them, with an error of about 5e-3")  # fmt: skip
+    group.add_argument("--kv-cache", choices=["auto", "int8"], default="auto", help="of what was read: bf16 with "
+                       "--int4, else as the model; int8 halves it, with an error of about 5e-3")  # fmt: skip
     group.add_argument("--speculate", action="store_true", help="guess what comes next from what is there, and check "
                        "several tokens at a time: the same answers, sooner where they copy")  # fmt: skip
     group.add_argument("--json", action="store_true", help="one JSON object an answer, nothing streamed")

@@ -44,7 +44,7 @@ constexpr int ROWS = 16;            // rows per block
 constexpr int64_t CHUNK = 32;       // k that share a scale of the activations; divides every group
 constexpr int64_t K_PANEL = 256;    // dequantise: k per panel of 16 rows
 constexpr int64_t L2_BYTES = 1 << 20;   // activations that should stay in L2 while weights pass by
-constexpr int PREFETCH = 512;       // words ahead, 2 KiB
+constexpr int PREFETCH = 512;       // words ahead, 2 KiB, over all streams
 
 enum Kind { FP32, FP16, BF16, INT8 };  // INT8: of the KV cache alone
 enum Isa { PORTABLE, AVX2, AVX512 };
@@ -251,7 +251,7 @@ INLINE void prepare_chunks(const Prepare& job, int64_t first, int64_t last) {
 
 // ---- the product ----------------------------------------------------------------------------------------------------
 // W rows' sums of 32 products: eight times four unsigned codes a row, with four signed bytes that all rows share; plus
-// `start`. What AVX2 and AVX-512 have for it is written as assembly, because intrinsics exist only in functions of one target.
+// `start`. What AVX2 and AVX-512 have for it is written as assembly: intrinsics exist only in functions of one target.
 template <int W, int BITS>
 struct Dot {
     using I = typename Lanes<W>::I;
@@ -340,31 +340,34 @@ INLINE void unpack_chunk(const uint32_t* words, typename Lanes<W>::U (&codes)[8]
     }
 }
 
-// y (T, 16) = x (T, K) @ 16 rows of the weight; each chunk of them is unpacked once for all T tokens
-template <int W, int BITS, int PLANES, int T>
-INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (*y)[ROWS]) {
+// y (T, 16 R) = x (T, K) @ 16 R rows of the weight; each chunk of them is unpacked once for all T tokens
+template <int W, int BITS, int PLANES, int T, int R>
+INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (*y)[R * ROWS]) {
     constexpr int P = ROWS / W;
     using F = typename Lanes<W>::F;
     using I = typename Lanes<W>::I;
     using U = typename Lanes<W>::U;
-    const int64_t chunks = w.K / CHUNK, per_group = w.G / CHUNK, groups = w.K / w.G;
-    const uint32_t* words = w.words + block * ROWS * (w.K / (32 / BITS));
-    F sum[T][P] = {};
+    const int64_t chunks = w.K / CHUNK, per_group = w.G / CHUNK, groups = w.K / w.G, per_block = ROWS * chunks * BITS;
+    const uint32_t* words = w.words + block * per_block;
+    F sum[T][R * P] = {};
     for (int64_t g = 0; g < groups; g++) {
-        const int64_t at = (block * groups + g) * ROWS;
-        F scale[P];
-        I zero[P] = {};
-        for (int p = 0; p < P; p++) {
-            scale[p] = load_floats<W>(w.scale, w.scale_kind, at + p * W);
-            if (w.zero) zero[p] = load_zero<W>(w, at + p * W);
+        F scale[R * P];
+        I zero[R * P] = {};
+#pragma GCC unroll 8
+        for (int p = 0; p < R * P; p++) {
+            const int64_t at = ((block + p / P) * groups + g) * ROWS + p % P * W;
+            scale[p] = load_floats<W>(w.scale, w.scale_kind, at);
+            if (w.zero) zero[p] = load_zero<W>(w, at);
         }
         for (int64_t c = 0; c < per_group; c++, x++, words += ROWS * BITS) {
-#pragma GCC unroll 8
-            for (int i = 0; i < BITS; i++) __builtin_prefetch(words + PREFETCH + i * ROWS);
 #pragma GCC unroll 4
-            for (int p = 0; p < P; p++) {
+            for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+                for (int i = 0; i < BITS; i++) __builtin_prefetch(words + r * per_block + PREFETCH / R + i * ROWS);
+#pragma GCC unroll 8
+            for (int p = 0; p < R * P; p++) {
                 U codes[8];
-                unpack_chunk<W, BITS>(words + p * W, codes);
+                unpack_chunk<W, BITS>(words + p / P * per_block + p % P * W, codes);
 #pragma GCC unroll 16
                 for (int t = 0; t < T; t++) {
                     const Chunk<PLANES>& token = x[t * chunks];
@@ -377,7 +380,7 @@ INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (
         }
     }
     for (int t = 0; t < T; t++)
-        for (int p = 0; p < P; p++) store(y[t] + p * W, sum[t][p]);
+        for (int p = 0; p < R * P; p++) store(y[t] + p * W, sum[t][p]);
 }
 
 INLINE uint16_t to_bf16(float value) {  // nearest, ties to even; NaN stays NaN
@@ -387,14 +390,14 @@ INLINE uint16_t to_bf16(float value) {  // nearest, ties to even; NaN stays NaN
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// T tokens at a time; the rest in tiles of half the size
-template <int W, int BITS, int PLANES, int T>
+// T tokens at a time over R blocks; the rest in tiles of half the size
+template <int W, int BITS, int PLANES, int T, int R>
 INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last) {
-    const int64_t rows = std::min<int64_t>(ROWS, job.weight.N - block * ROWS);
+    const int64_t rows = std::min<int64_t>(R * ROWS, job.weight.N - block * ROWS);
     const auto* x = static_cast<const Chunk<PLANES>*>(job.chunks);
     for (; last - first >= T; first += T) {
-        float y[T][ROWS];
-        tile<W, BITS, PLANES, T>(job.weight, block, x + first * (job.weight.K / CHUNK), y);
+        float y[T][R * ROWS];
+        tile<W, BITS, PLANES, T, R>(job.weight, block, x + first * (job.weight.K / CHUNK), y);
         for (int t = 0; t < T; t++)
             for (int64_t r = 0; r < rows; r++) {
                 const int64_t at = (first + t) * job.stride + block * ROWS + r;
@@ -404,17 +407,20 @@ INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last)
                     static_cast<uint16_t*>(job.y)[at] = to_bf16(y[t][r]);
             }
     }
-    if constexpr (T > 1) tiles<W, BITS, PLANES, T / 2>(job, block, first, last);
+    if constexpr (T > 1) tiles<W, BITS, PLANES, T / 2, R>(job, block, first, last);
 }
 
 template <int W, int BITS, int PLANES>
 INLINE void matmul_blocks(const Matmul& job, int64_t first, int64_t last) {
     constexpr int T = W == 16 ? 16 : 4;  // as many sums as the registers hold
+    constexpr int STREAMS = W == 16 ? 4 : 2;  // decode: blocks at a time; the hardware fetches streams side by side
     const int64_t per_token = job.weight.K / CHUNK * static_cast<int64_t>(sizeof(Chunk<PLANES>));
     const int64_t tokens = std::max<int64_t>(1, L2_BYTES / per_token / T) * T;
+    if (job.M == 1)
+        for (; last - first >= STREAMS; first += STREAMS) tiles<W, BITS, PLANES, 1, STREAMS>(job, first, 0, 1);
     for (int64_t m = 0; m < job.M; m += tokens)
         for (int64_t block = first; block < last; block++)
-            tiles<W, BITS, PLANES, T>(job, block, m, std::min(m + tokens, job.M));
+            tiles<W, BITS, PLANES, T, 1>(job, block, m, std::min(m + tokens, job.M));
 }
 
 // ---- the weight itself ----------------------------------------------------------------------------------------------
@@ -531,10 +537,11 @@ struct Instance {
     TARGET void quantize_##NAME(void* job, int64_t first, int64_t last) {                                              \
         quantize_rows<W>(*static_cast<Quantize*>(job), first, last);                                                   \
     }                                                                                                                  \
-    constexpr Instance NAME{{{prepare_##NAME<4, 1>, prepare_##NAME<4, 2>}, {prepare_##NAME<8, 1>, prepare_##NAME<8, 2>}}, \
-                            {{matmul_##NAME<4, 1>, matmul_##NAME<4, 2>}, {matmul_##NAME<8, 1>, matmul_##NAME<8, 2>}},     \
-                            {dequantize_##NAME<4>, dequantize_##NAME<8>},                                              \
-                            quantize_##NAME};
+    constexpr Instance NAME{                                                                                           \
+        {{prepare_##NAME<4, 1>, prepare_##NAME<4, 2>}, {prepare_##NAME<8, 1>, prepare_##NAME<8, 2>}},                  \
+        {{matmul_##NAME<4, 1>, matmul_##NAME<4, 2>}, {matmul_##NAME<8, 1>, matmul_##NAME<8, 2>}},                      \
+        {dequantize_##NAME<4>, dequantize_##NAME<8>},                                                                  \
+        quantize_##NAME};
 
 INSTANCE(portable, , 4)
 #if defined(__x86_64__) && !defined(PORTABLE_ONLY)
@@ -569,8 +576,8 @@ int best_isa() {
 
 // chunks: scratch of M * K / 32 * (32 * planes + 12) bytes
 void matmul(const void* x, int x_kind, int64_t M, int planes, void* chunks, const uint32_t* words, const void* scale,
-            int scale_kind, const uint8_t* zero, int64_t N, int64_t K, int64_t G, int bits, void* y, int y_kind, int isa,
-            int threads) {
+            int scale_kind, const uint8_t* zero, int64_t N, int64_t K, int64_t G, int bits, void* y, int y_kind,
+            int isa, int threads) {
     Prepare prepare{x, Kind(x_kind), zero ? 0 : 1 << (bits - 1), chunks};
     Matmul job{{words, scale, zero, N, K, G, Kind(scale_kind)}, chunks, y, M, N, Kind(y_kind)};
     parallel(instance(isa).prepare[bits == 8][planes == 2], &prepare, M * (K / CHUNK), M > 1 ? threads : 1);

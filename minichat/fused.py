@@ -78,8 +78,8 @@ class CpuStep:
             layers=layers, count=len(layers), D=config.hidden_size, H=config.num_attention_heads,
             KvH=config.num_key_value_heads, Hd=config.head_dim, inner=config.intermediate_size, slots=cache.slots,
             window=config.sliding_window or 0, bits=linear.bits, planes=2 if linear.exact else 1,
-            cache_kind={**cpu.KINDS, torch.int8: 3}[cache.k[0].dtype], eps=config.rms_norm_eps, norm=blocks.norm.weight.data_ptr(),
-            positions=cache.positions.data_ptr(),
+            cache_kind={**cpu.KINDS, torch.int8: 3}[cache.k[0].dtype], eps=config.rms_norm_eps,
+            norm=blocks.norm.weight.data_ptr(), positions=cache.positions.data_ptr(),
         )  # fmt: skip
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
