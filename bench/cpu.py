@@ -331,7 +331,7 @@ def measure(folder: Path, what: str, threads: int, cache: Path) -> dict:
         "--threads",
         str(threads),
         "--scratch",
-        ".",
+        str(cache.parent),
     ]
     environment = {**os.environ, "MINICHAT_CACHE": str(cache), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

@@ -90,7 +90,7 @@ class CpuStep:
 
     def _few(self, ids: Tensor, positions: Tensor) -> Tensor:
         step, cache, library = self.step, self.cache, cpu.library()
-        threads = torch.get_num_threads()
+        threads = cpu.threads()
         step.B, step.T = ids.shape
         step.seen, step.column = min(cache.slots, cache.filled + step.T), cache.filled % cache.slots
         x = self.model.model.embed_tokens(ids).float().contiguous()

@@ -529,6 +529,71 @@ def test_one_openmp_runtime_serves_torch_and_the_kernel(compiled):
     assert (kernel, torch_too, runtimes) == (before + 1, before + 1, 1)
 
 
+def test_a_forked_process_computes_the_same(compiled):
+    """OpenMP's threads do not come along; a child that waited for them would never end."""
+    code = """if True:
+        import os
+        torch.set_num_threads(2)
+        kernel = kernels.for_device(torch.device("cpu"))
+        packed = kernel.pack(torch.arange(64 * 64).view(64, 64).to(torch.uint8) & 15, torch.ones(64, 2), None, 4)
+        x = torch.randn(5, 64)
+        y = kernel.matmul(x, packed)
+        if os.fork() == 0:
+            os._exit(0 if torch.equal(kernel.matmul(x, packed), y) else 1)
+        print(os.waitstatus_to_exitcode(os.wait()[1]))
+    """
+    assert fresh(code)[0] == "0\n"
+
+
+SANITIZED = """if True:
+    import sys
+    sys.path.insert(0, "tests")
+    from minichat import fused
+    from minichat.cache import KVCache
+    from minichat.kernels import cpu
+    from test_fused import make
+    from test_kernels import random_weight
+
+    best = cpu.isa()
+    for isa in range(best + 1):
+        cpu.isa = lambda: isa
+        for N, K, G, bits, symmetric in ((1, 32, 32, 4, True), (37, 192, 96, 4, False), (50, 320, 64, 8, False)):
+            packed = cpu.pack(*random_weight(N, K, G, bits, symmetric))
+            cpu.unpack(packed)
+            for dtype in (torch.float32, torch.bfloat16):
+                cpu.dequantize(packed, dtype)
+                cpu.quantize(torch.randn(N, K).to(dtype), G, bits, symmetric, torch.bfloat16)
+                for M in (1, 7, 19):
+                    for exact in (True, False):
+                        for size in (1, 1e-44, float("nan")):
+                            cpu.matmul(torch.randn(M, K).to(dtype) * size, packed, exact)
+        for window, kind in ((5, torch.bfloat16), (None, torch.int8), (5, torch.float32)):
+            model = make(window=window, exact=window is None)
+            step = fused.CpuStep(model, KVCache(model.config, 2, 11, torch.device("cpu"), kind))
+            with torch.inference_mode():
+                for first, last in ((0, 4), (4, 5), (5, 6), (6, 9), (9, 10)):
+                    step(torch.ones(2, last - first, dtype=torch.int64), torch.arange(first, last).repeat(2, 1))
+    print("clean", best)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
+def test_sanitizers_find_nothing(compiled, tmp_path):
+    """Every function under AddressSanitizer, which sees torch's memory too, and UndefinedBehaviorSanitizer."""
+    asan = subprocess.run(
+        [*cpu._compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True
+    ).stdout.strip()
+    if not Path(asan).is_absolute():
+        pytest.skip("the compiler has no sanitizers")
+    build = (
+        "from minichat.kernels import cpu\ncpu.FLAGS += ['-fsanitize=address,undefined', '-fno-sanitize-recover=all']\n"
+    )
+    environment = {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "MINICHAT_CACHE": str(tmp_path)}
+    out, err = fresh(build + SANITIZED, **environment)
+    assert out.startswith("clean"), err[-3000:]
+
+
 def test_builds_without_any_vector_extension(compiled, tmp_path):
     """As on ARM: there are no intrinsics."""
     command = [*cpu._compiler(), *cpu.FLAGS, "-DPORTABLE_ONLY", "-Wall", "-Wextra", "-Werror", str(cpu.SOURCE)]

@@ -68,7 +68,7 @@ def matmul(x: Tensor, packed: Packed, exact: bool = True) -> Tensor:
     if M > 0:
         library().matmul(
             _pointer(rows), KINDS[x.dtype], M, planes, _pointer(chunks), *_weight(packed), _pointer(y), KINDS[y.dtype],
-            isa(), torch.get_num_threads(),
+            isa(), threads(),
         )  # fmt: skip
     return y.to(x.dtype).view(*x.shape[:-1], N)
 
@@ -103,7 +103,7 @@ def quantize(
         best = torch.empty(n, K // group_size, dtype=torch.uint8, device=w.device)
         library().quantize(
             _pointer(part), KINDS[w.dtype], n, K, group_size, len(scales), _pointer(scales), _pointer(zeros), bits,
-            _pointer(q[rows]), _pointer(best), isa(), torch.get_num_threads(),
+            _pointer(q[rows]), _pointer(best), isa(), threads(),
         )  # fmt: skip
         best = best.to(torch.int64).unsqueeze(0)
         scale[rows] = scales.gather(0, best).squeeze(0).to(scale_dtype)
@@ -115,7 +115,7 @@ def _dequantize_rows(packed: Packed, first: int, last: int, dtype: torch.dtype) 
     """Rows first..last of the weight; `first` is a multiple of 16."""
     direct = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
     out = torch.empty(last - first, packed.in_features, dtype=direct, device="cpu")
-    library().dequantize(*_weight(packed), first, last, _pointer(out), KINDS[direct], isa(), torch.get_num_threads())
+    library().dequantize(*_weight(packed), first, last, _pointer(out), KINDS[direct], isa(), threads())
     return out.to(dtype)
 
 
@@ -164,6 +164,23 @@ def library() -> ctypes.CDLL:
     if loaded is None:
         raise BadInput("this INT4 layer was packed for the C++ kernel, which is not there; load the model again")
     return loaded
+
+
+def threads() -> int:
+    """How many threads the kernel takes: torch's number. One in a process that was forked off, where OpenMP's others
+    are gone and it would wait for them for ever."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @functools.cache
