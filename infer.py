@@ -37,9 +37,13 @@ def parse():
     group.add_argument("--activations", choices=["exact", "int8"], default="exact", help="--int4 on the CPU: how they "
                        "are rounded, to 15 bits or to 8, which reads prompts 1.3 times as fast")  # fmt: skip
     group.add_argument("--kv-cache", choices=["auto", "int8"], default="auto", help="of what was read: bf16 with "
-                       "--int4, else as the model; int8 halves it, with an error of about 5e-3")  # fmt: skip
-    group.add_argument("--speculate", action="store_true", help="guess what comes next from what is there, and check "
-                       "several tokens at a time: the same answers, sooner where they copy")  # fmt: skip
+                       "--int4 on the CPU, else as the model; int8 halves it, with an error of about 5e-3")  # fmt: skip
+    group.add_argument(
+        "--speculate",
+        action="store_true",
+        help="guess what comes next from what is there; check "
+        "several tokens at once: the same answers (in bf16 but for rounding), sooner where they copy",
+    )
     group.add_argument("--json", action="store_true", help="one JSON object an answer, nothing streamed")
     args = parser.parse_args()
     return args, {name for name, value in vars(args).items() if value != parser.get_default(name)}
@@ -66,11 +70,16 @@ def main() -> None:
         raise BadInput(f"{flags(unused)} at --temperature 0, which draws nothing; give --temperature, such as 0.7")
     if args.speculate and (args.temperature or args.repetition_penalty != 1):
         raise BadInput("--speculate finds the likeliest tokens: it goes with --temperature 0 and no repetition penalty")
+    if args.speculate and "batch_size" in changed and args.batch_size > 1:
+        raise BadInput("--speculate takes one prompt at a time: leave --batch-size out")
     if args.speculate:
         args.batch_size = 1
     if hasattr(sys.stdout, "reconfigure"):  # an answer is not lost for a character that the output cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     model, tokenizer = cli.load(args, only_to_decode=True)
+    kernels = {module.kernel for module in model.modules() if isinstance(module, int4.Int4Linear)}
+    if args.activations == "int8" and "cpu" not in kernels:
+        raise BadInput("--activations int8 is of INT4 on the CPU, by its C++ kernel; leave it out, or add --int4")
     int4.set_exact(model, args.activations == "exact")
     talk = converse.Talk(args, model, tokenizer, sampling)
     if prompts is None:

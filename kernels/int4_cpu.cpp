@@ -152,6 +152,19 @@ INLINE void store(void* p, V v) {
     __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Lanes of a and b by number: those of b come after those of a.
+template <class V, class I>
+INLINE V pick(V a, V b, I index) {
+#ifdef __clang__
+    constexpr int count = sizeof(I) / sizeof(index[0]);
+    V result;
+    for (int i = 0; i < count; i++) result[i] = index[i] < count ? a[index[i]] : b[index[i] - count];
+    return result;
+#else
+    return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // W 16-bit numbers as 32-bit ones; compilers write this one instruction as four.
 template <int W>
 INLINE typename Lanes<W>::U widen(const uint16_t* p) {
@@ -203,7 +216,7 @@ INLINE void to_bytes(int8_t* out, const typename Lanes<W>::I (&q)[CHUNK / W], in
     const Bytes even_odd{0,  2,  4,  6,  1,  3,  5,  7,  8,  10, 12, 14, 9,  11, 13, 15,
                          16, 18, 20, 22, 17, 19, 21, 23, 24, 26, 28, 30, 25, 27, 29, 31};
     const Bytes bytes = load<Bytes>(narrow);
-    store(out, bits == 4 ? __builtin_shuffle(bytes, even_odd) : bytes);
+    store(out, bits == 4 ? pick(bytes, bytes, even_odd) : bytes);
 }
 
 template <int W, int PLANES>

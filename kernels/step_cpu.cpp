@@ -160,10 +160,10 @@ INLINE void sums_of_4(const typename Lanes<W>::F (&v)[HEADS], float* sums) {
         even[i] = i / 2 * 2 + i % 2 * W, odd[i] = even[i] + 1;
         low[i] = i / 4 * 4 + i % 2 + i / 2 % 2 * W, high[i] = low[i] + 2;
     }
-    const F a = __builtin_shuffle(v[0], v[1], even) + __builtin_shuffle(v[0], v[1], odd);
-    const F b = __builtin_shuffle(v[2], v[3], even) + __builtin_shuffle(v[2], v[3], odd);
+    const F a = pick(v[0], v[1], even) + pick(v[0], v[1], odd);
+    const F b = pick(v[2], v[3], even) + pick(v[2], v[3], odd);
     float quarters[W];
-    store(quarters, __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high));
+    store(quarters, pick(a, b, low) + pick(a, b, high));
     for (int h = 0; h < HEADS; h++) sums[h] = quarters[h];
     for (int i = 4; i < W; i += 4)
         for (int h = 0; h < HEADS; h++) sums[h] += quarters[i + h];

@@ -37,13 +37,11 @@ def load_model(
     where = devices.pick(device)
     folder, adapters = weights.chain(source)
     adapters += [] if adapter is None else [lora.Adapter(weights.resolve(adapter))]
-    scheme = weights.read_scheme(folder) or (quant.Scheme() if int4 is True else int4)
+    scheme = weights.wanted_scheme(folder, int4)
     on_cpu = where.type == "cpu" and dtype in (None, torch.float32)
     if not (scheme and on_cpu and kernels.for_device(where) is kernels.named("cpu")):
         return weights.load_model(source, device, dtype, int4, adapter)
-    known = [weights.identity(folder), *(weights.identity(a.folder) for a in adapters)]
-    known += [VERSION, str(scheme), (folder / "config.json").read_text()]
-    at = files.cache_folder() / "packed" / hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]
+    at = files.cache_folder() / "packed" / _key(folder, adapters, scheme)
     if (at / FILE).exists():
         return _open(at / FILE, folder, scheme), weights.tokenizer_of(folder, adapters)
     model, tokenizer = weights.load_model(source, device, dtype, int4, adapter)
@@ -61,6 +59,15 @@ def load_model(
     del model, tensors
     devices.release_host_memory()
     return _open(at / FILE, folder, scheme), tokenizer
+
+
+def _key(folder: Path, adapters: list[lora.Adapter], scheme: quant.Scheme) -> str:
+    """A hash of all that decides what the file holds: contents where they are small, else samples, sizes and times."""
+    read = [*folder.glob("*.safetensors"), *(adapter.folder / lora.WEIGHTS for adapter in adapters)]
+    known = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(read)]
+    known += [weights.identity(folder), *(weights.identity(adapter.folder) for adapter in adapters)]
+    known += [(folder / "config.json").read_text(), *(adapter.config for adapter in adapters), str(scheme), VERSION]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @torch.no_grad()
@@ -92,10 +99,13 @@ def _open(file: Path, folder: Path, scheme: quant.Scheme) -> Mistral:
         for name, module in list(model.named_modules()):
             parent, _, leaf = name.rpartition(".")
             if isinstance(module, nn.Linear) and f"{name}.codes" in tensors:
-                bits = scheme.bits if name != "lm_head" or "lm_head" not in scheme.skip else HEAD.bits
-                size = scheme.group_size if bits == scheme.bits else HEAD.group_size
-                buffers = (tensors.get(f"{name}.{key}") for key in ("codes", "scale", "zero"))
-                packed = quant.Packed(*buffers, module.out_features, module.in_features, size, bits)
+                N, K = module.out_features, module.in_features
+                codes, scale, zero = (tensors.get(f"{name}.{key}") for key in ("codes", "scale", "zero"))
+                blocks, words, groups = -(-N // 16), codes.shape[1], scale.shape[1]
+                sizes = codes.shape == (blocks, words, 16) and scale.shape == (blocks, groups, 16)
+                if not sizes or words not in (K // 8, K // 4) or K % (32 * groups):
+                    raise KeyError(f"{name} does not fit")
+                packed = quant.Packed(codes, scale, zero, N, K, K // groups, 32 * words // K)
                 setattr(model.get_submodule(parent), leaf, quant.Int4Linear(packed, "cpu"))
             elif (weight := tensors.get(f"{name}.weight")) is not None:
                 module.weight = nn.Parameter(weight, requires_grad=False)

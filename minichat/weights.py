@@ -216,6 +216,14 @@ def read_scheme(folder: Path) -> quant.Scheme | None:
         raise BadInput(f"{folder}: {error}") from None
 
 
+def wanted_scheme(folder: Path, int4: bool | quant.Scheme) -> quant.Scheme | None:
+    """The folder's own scheme, or the one that is asked for. Raises BadInput if they are different ones."""
+    packed = read_scheme(folder)
+    if packed and int4 not in (False, True) and int4 != packed:
+        raise BadInput(f"{folder} is quantised already, as {packed}; it cannot be loaded as {int4}")
+    return packed or (quant.Scheme() if int4 is True else int4 or None)
+
+
 def load_model(
     source: str | Path,
     device: str | torch.device | None = None,
@@ -241,10 +249,7 @@ def load_model(
         if own and own != identity(resolve(source)):
             show(f"minichat: warning: {adapter} was trained over other weights than {source}")
     config = read_config(folder)
-    packed = read_scheme(folder)
-    if packed and int4 not in (False, True) and int4 != packed:
-        raise BadInput(f"{folder} is quantised already, as {packed}; it cannot be loaded as {int4}")
-    scheme = packed or (quant.Scheme() if int4 is True else int4 or None)
+    packed, scheme = read_scheme(folder), wanted_scheme(folder, int4)
     unmerged = _trained_over_int4(adapters, scheme)
     if packed and len(adapters) > len(unmerged):
         raise BadInput(f"{folder} is quantised: the adapter {adapters[0].folder} cannot be merged into it")

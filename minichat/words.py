@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from itertools import accumulate, chain
 
 SPACE = "▁"  # as such tokenizers write it
-LARGEST = 1 << 18  # words in memory, about 100 MB: then it begins anew
-LONGEST = 64  # characters of a word that is kept
+LARGEST = 1 << 17  # words in memory, some 50 MB: then it begins anew
+LONGEST = 40  # characters of a word that is kept
 
 _words = re.compile(" *[^ ]+| +").findall
 
@@ -60,25 +60,27 @@ class Words:
                 ids.append((self._after if i else self._alone)[first])
                 ids.extend(map(self._inner.__getitem__, rest))
         ends, before = [0, *accumulate(map(len, pieces))], [0, *accumulate(map(len, ids))]
-        counts = []
+        counts, last, starts, stops = [], -1, [], []
         for cut in cuts:
             i = bisect_left(ends, cut)
             if ends[i] == cut:
                 counts.append(before[i])
                 continue
-            inside, spans = cut - ends[i - 1], self._spans(pieces[:i])
-            count = bisect_left([start for start, _ in spans], inside)
-            if count and spans[count - 1][1] > inside:
+            if i != last:  # cuts ascend: those inside one piece come together
+                last, spans = i, self._spans(pieces[i - 1], pieces[i - 2] if i > 1 else None)
+                starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
+            inside = cut - ends[i - 1]
+            count = bisect_left(starts, inside)
+            if count and stops[count - 1] > inside:
                 return None
             counts.append(before[i - 1] + count)
         return list(chain.from_iterable(ids)), counts
 
-    def _spans(self, pieces: list[str]) -> list[tuple[int, int]]:
-        """The character offsets of the last piece's tokens in it."""
-        *rest, piece = pieces
+    def _spans(self, piece: str, previous: str | None) -> list[tuple[int, int]]:
+        """The character offsets of a piece's tokens in it."""
         is_added = self._added.fullmatch
-        memory = self._alone if not rest or is_added(piece) else self._after if is_added(rest[-1]) else self._inner
-        return memory.spans(piece)
+        alone = previous is None or is_added(piece)
+        return (self._alone if alone else self._after if is_added(previous) else self._inner).spans(piece)
 
 
 class _Memory(dict):

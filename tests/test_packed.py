@@ -44,7 +44,16 @@ def same(a, b):
     return generate(a, [[3, 4, 5]], 30, stop_ids=()) == generate(b, [[3, 4, 5]], 30, stop_ids=())
 
 
-@pytest.mark.parametrize("scheme", [True, int4.Scheme(8), int4.Scheme(4, 32, False), int4.Scheme(skip=())])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        True,
+        int4.Scheme(8, 64),
+        int4.Scheme(4, 32, False),
+        int4.Scheme(skip=()),
+        int4.Scheme(4, 64, True, ("re:.*lm_head",)),
+    ],
+)
 def test_the_second_start_is_the_first(folder, tmp_path, scheme, monkeypatch):
     first = load(folder, int4=scheme)
     assert len(kept(tmp_path)) == 1
@@ -73,6 +82,17 @@ def test_other_weights_adapters_and_schemes_are_other_files(folder, tmp_path):
     assert len(kept(tmp_path)) == 3
     assert not same(adapted, load(folder))
     assert same(adapted, load(folder, adapter=str(tmp_path / "adapter")))
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 80'))
+    assert not same(adapted, load(folder, adapter=str(tmp_path / "adapter")))
+
+
+def test_a_quantised_folder_keeps_its_scheme(folder, tmp_path):
+    model, tokenizer = weights.load_model(folder, "cpu", None, True)
+    save(model, tokenizer, tmp_path / "quantised")
+    load(tmp_path / "quantised")
+    with pytest.raises(BadInput, match="quantised already"):
+        load(tmp_path / "quantised", int4=int4.Scheme(8))
 
 
 def test_only_int4_on_the_cpu_is_kept(folder, tmp_path, monkeypatch):

@@ -412,6 +412,19 @@ def test_words_beyond_the_memory(monkeypatch):
     assert len(tokenizer._words._inner) <= 3 and all(len(word) <= 8 for word in tokenizer._words._inner)
 
 
+def test_many_cuts_in_one_word_and_in_many_words():
+    """What a long chat asks for, with spaces and without: once the library's own time, not once a cut."""
+    tokenizer = built("words-prepend")
+    for text in ("你好吗\n" * 6000, "hello there\n" * 6000):
+        started = time.process_time()
+        tokenizer.encode(text)
+        once = time.process_time() - started
+        cuts = list(range(12, len(text), 12))  # between lines
+        started = time.process_time()
+        tokenizer.encode_cut(text, cuts)
+        assert time.process_time() - started < 30 * once + 1
+
+
 def test_a_token_across_a_cut_is_split():
     tokenizer = built()
     assert len(tokenizer.encode("hello")) == 1
