@@ -16,12 +16,12 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    built = cpu._build()  # before the cache is another one
     monkeypatch.setattr(packed, "LARGE", 0)
     monkeypatch.setenv("MINICHAT_CACHE", str(tmp_path / "cache"))
-    built = cpu._build()
     monkeypatch.setattr(cpu, "_build", lambda: built)
     tokenizer = Tokenizer(write(tmp_path / "tokenizer"))
-    model = Mistral(Config(tokenizer.vocab_size, 64, 96, 2, 4, 2, 32, 16, 512))
+    model = Mistral(Config(tokenizer.vocab_size, 64, 128, 2, 4, 2, 32, 16, 512))
     model.init_weights(0)
     save(model.bfloat16(), tokenizer, tmp_path / "model")
     return tmp_path / "model"
