@@ -118,13 +118,12 @@ def measure_llama(binary: Path, model: Path, threads: int, depth: bool, repack: 
     runs = [["-p", prompts, "-n", "32"]] + ([["-p", "0", "-n", "16", "-d", str(DEPTH)]] if depth else [])
     found = {}
     for run in runs:
-        before = os.times().children_user
         process = subprocess.Popen(
             [*command, *run, *(["-rtr", "1"] if repack else [])], stdout=subprocess.PIPE, text=True
         )
         out = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
-        if status or before < 0:
+        if status:
             raise SystemExit(f"{binary} ended with status {status}")
         for row in json.loads(out):
             name = f"prefill_{row['n_prompt']}" if row["n_prompt"] else "decode"

@@ -123,11 +123,13 @@ INLINE void rotate(float* x, const float* cos, const float* sin, int64_t Hd) {
     }
 }
 
-// A key or value of one token and head into its slot; a scale of bytes is their largest magnitude / 127.
+// A key or value of one token and head into its slot; a scale of bytes is their largest magnitude / 127, or NaN or
+// infinity if there is one among them, and the bytes are 0 then.
 template <Kind KIND>
 INLINE void keep(void* cache, float* scales, int64_t slot, const float* values, int64_t Hd) {
     float largest = 0;
-    for (int64_t i = 0; KIND == INT8 && i < Hd; i++) largest = std::max(largest, std::abs(values[i]));
+    for (int64_t i = 0; KIND == INT8 && i < Hd; i++)
+        if (std::abs(values[i]) > largest || values[i] != values[i]) largest = std::abs(values[i]);
     const float inverse = largest > 0x1p-100f ? 127 / largest : 0;
     if (KIND == INT8) scales[slot] = largest / 127;
     for (int64_t i = 0; i < Hd; i++)
@@ -136,7 +138,8 @@ INLINE void keep(void* cache, float* scales, int64_t slot, const float* values, 
         else if (KIND == BF16)
             static_cast<uint16_t*>(cache)[slot * Hd + i] = to_bf16(values[i]);
         else
-            static_cast<int8_t*>(cache)[slot * Hd + i] = static_cast<int8_t>(std::nearbyint(values[i] * inverse));
+            static_cast<int8_t*>(cache)[slot * Hd + i] =
+                inverse > 0 ? static_cast<int8_t>(std::nearbyint(values[i] * inverse)) : int8_t(0);
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ Forward = Callable[[Tensor, Tensor], Tensor]  # (B, T) ids and positions -> (B, 
 
 def decoder(model: nn.Module, cache: KVCache) -> Forward:
     """What continues the tokens in `cache`: the device's own step if it has one that fits, else the model's blocks."""
-
     return CpuStep(model, cache) if fits(model) else lambda ids, positions: model.model(ids, positions, cache)
 
 

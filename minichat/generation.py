@@ -110,6 +110,8 @@ def decode(
     kv: the cache's dtype, int8 too; None is bf16 beside INT4 weights on the CPU, and else the model's.
     """
     check(model, prompts, max_new_tokens)
+    if kv not in (None, torch.float32, torch.bfloat16, torch.int8):
+        raise BadInput(f"kv is {kv}; choose torch.float32, torch.bfloat16 or torch.int8, or None")
     if speculate and (len(prompts) > 1 or sampling.temperature or sampling.repetition_penalty != 1):
         raise BadInput("speculation takes one prompt and the likeliest tokens: --batch-size 1, --temperature 0")
     where = model.device

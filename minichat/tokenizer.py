@@ -212,9 +212,9 @@ class Tokenizer:
     @cached_property
     def _words(self) -> words.Words | None:
         """The memory of words, where they do not depend on each other."""
-        added = [token["content"] for token in self._pipeline["added_tokens"]]
-        merged = self._tokenizer.get_vocab().keys() - set(added)
-        return words.Words(self._encode, added) if words.are_alone(self._pipeline, merged) else None
+        if not words.are_alone(self._pipeline, self._tokenizer.get_vocab()):
+            return None
+        return words.Words(self._encode, [token["content"] for token in self._pipeline["added_tokens"]])
 
     @cached_property
     def _decoders(self) -> set[str]:

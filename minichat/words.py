@@ -6,7 +6,7 @@ merges never cross such a boundary, so a word's ids are the same in every text (
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from itertools import accumulate, chain
 
 SPACE = "▁"  # as such tokenizers write it
@@ -16,9 +16,9 @@ LONGEST = 40  # characters of a word that is kept
 _words = re.compile(" *[^ ]+| +").findall
 
 
-def are_alone(pipeline: dict, vocabulary: Iterable[str]) -> bool:
-    """Whether words do not depend on each other: by tokenizer.json's pipeline, and by the texts of all tokens that
-    merges can make. It must be one whose characters depend on each other through merges alone."""
+def are_alone(pipeline: dict, vocabulary: Collection[str]) -> bool:
+    """Whether words do not depend on each other: by tokenizer.json's pipeline, and by the texts of all tokens. It must
+    be one whose characters depend on each other through merges alone."""
 
     def steps(step: dict | None) -> list[dict]:
         inner = step and step.get("normalizers", step.get("pretokenizers"))
@@ -30,7 +30,6 @@ def are_alone(pipeline: dict, vocabulary: Iterable[str]) -> bool:
     split = {"type": "Split", "pattern": {"String": SPACE}, "behavior": "MergedWithNext", "invert": False}
     others = (marks, split, {"type": "Prepend", "prepend": SPACE})
     known = all(step in others or step in metaspace for step in found) and (metaspace or marks in found)
-    vocabulary = set(vocabulary)
     alone = SPACE in vocabulary and not any(SPACE in token.lstrip(SPACE) for token in vocabulary)
     return bool(known) and alone and not any(" " in token["content"] for token in pipeline["added_tokens"])
 

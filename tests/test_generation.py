@@ -125,6 +125,7 @@ BAD = {
     "min_p": ([[1]], 5, {"min_p": 1.5}),
     "penalty": ([[1]], 5, {"repetition_penalty": 0}),
     "half a token": ([[1]], 5, {"temperature": 1, "top_k": 2.5}),
+    "a cache of integers": ([[1]], 5, {"kv": torch.int64}),
     "seed below 0": ([[1]], 5, {"seed": -1}),
     "seed too large": ([[1]], 5, {"seed": 2**64}),
 }
