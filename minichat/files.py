@@ -2,16 +2,22 @@
 
 import fcntl
 import json
+import math
 import mmap
 import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from minichat.errors import BadInput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PART = ".part-"  # how the name of a folder begins that is being written, or deleted
 _DTYPES = {"torch.int32": "I32", "torch.uint8": "U8"}  # names in safetensors, of what write_mapped takes
@@ -90,23 +96,61 @@ def read_mapped(path: Path) -> dict:
     the system can (decoding a 7B is a fifth faster from those). Raises BadInput if the file is corrupt."""
     import torch
 
-    names = {name: getattr(torch, dtype.removeprefix("torch.")) for dtype, name in _DTYPES.items()}
-    try:
-        with path.open("rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    with _readable(path), path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with suppress(OSError):
                 memory.madvise(mmap.MADV_HUGEPAGE)
-        start = 8 + struct.unpack("<Q", memory[:8])[0]
         tensors = {}
-        for name, entry in json.loads(memory[8:start]).items():
-            dtype, (first, last) = names[entry["dtype"]], entry["data_offsets"]
-            count = (last - first) // dtype.itemsize
-            flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=start + first)
-            tensors[name] = flat.view(entry["shape"])
+        for name, (dtype, shape, start) in _places(file).items():
+            flat = torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start)
+            tensors[name] = flat.view(shape)
         return tensors
+
+
+def read_rows(path: Path, name: str) -> "Callable[[Tensor], Tensor]":
+    """A function from (…) row numbers to the (…, K) rows of a matrix in a file of write_mapped, which are read as they
+    are asked for: mapped, all of it would come in with the large pages. Raises BadInput if the file is corrupt."""
+    import torch
+
+    with _readable(path), path.open("rb") as file:
+        dtype, (N, K), start = _places(file)[name]
+        handle = os.dup(file.fileno())
+    size = K * dtype.itemsize
+
+    def rows(numbers: "Tensor") -> "Tensor":
+        found = torch.empty(numbers.numel(), K, dtype=dtype)
+        memory = found.view(torch.uint8).numpy()
+        for i, number in enumerate(numbers.flatten().tolist()):
+            if not 0 <= number < N:
+                raise IndexError(f"row {number} of {N} in {path}")
+            if os.preadv(handle, [memory[i]], start + number * size) != size:
+                raise BadInput(f"{path} was cut while it was open; delete it: it is made again")
+        return found.view(*numbers.shape, K)
+
+    weakref.finalize(rows, os.close, handle)
+    return rows
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, struct.error) as error:
         raise BadInput(f"{path} cannot be read ({error}); delete it: it is made again") from None
+
+
+def _places(file: BinaryIO) -> dict:
+    """Type, shape and first byte of each tensor in a file of write_mapped."""
+    import torch
+
+    names = {name: getattr(torch, dtype.removeprefix("torch.")) for dtype, name in _DTYPES.items()}
+    length = struct.unpack("<Q", file.read(8))[0]
+    text = file.read(min(length, os.fstat(file.fileno()).st_size))
+    return {
+        name: (names[entry["dtype"]], entry["shape"], 8 + length + entry["data_offsets"][0])
+        for name, entry in json.loads(text).items()
+    }
 
 
 def read_tensors(path: Path) -> dict:

@@ -23,6 +23,7 @@ from minichat.tokenizer import Tokenizer
 VERSION = 1  # of the file, and of the layout in kernels/int4_cpu.cpp
 LARGE = 64 << 20  # bytes of a model from which on it is kept
 FILE = "model.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
 HEAD = quant.Scheme(bits=8, group_size=32, skip=())
 
 
@@ -85,9 +86,23 @@ def _tensors(model: Mistral) -> dict[str, Tensor]:
             found |= {f"{name}.{key}": tensor for key, tensor in module.named_buffers(recurse=False)}
     for name, weight in model.named_parameters():
         half = weight.detach().bfloat16()
-        is_embedding = name == "model.embed_tokens.weight"  # only its rows are read, each cast to the activations' type
+        is_embedding = name == EMBEDDING  # only its rows are read, each cast to the activations' type
         found[name] = half if is_embedding and torch.equal(half.float(), weight) else weight.detach()
     return found
+
+
+class _Rows(nn.Module):
+    """An embedding whose table stays in the file: a token needs one row of it."""
+
+    def __init__(self, file: Path, shape: torch.Size):
+        super().__init__()
+        self.rows, self.shape = files.read_rows(file, EMBEDDING), shape
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows(ids)
+
+    def extra_repr(self) -> str:
+        return "{}, {}".format(*self.shape)
 
 
 def _open(file: Path, folder: Path, scheme: quant.Scheme) -> Mistral:
@@ -107,6 +122,8 @@ def _open(file: Path, folder: Path, scheme: quant.Scheme) -> Mistral:
                     raise KeyError(f"{name} does not fit")
                 packed = quant.Packed(codes, scale, zero, N, K, K // groups, 32 * words // K)
                 setattr(model.get_submodule(parent), leaf, quant.Int4Linear(packed, "cpu"))
+            elif f"{name}.weight" == EMBEDDING:
+                model.model.embed_tokens = _Rows(file, module.weight.shape)
             elif (weight := tensors.get(f"{name}.weight")) is not None:
                 module.weight = nn.Parameter(weight, requires_grad=False)
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
