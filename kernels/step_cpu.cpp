@@ -11,6 +11,7 @@
 // Each output is computed whole by one thread in an order that depends on neither their number nor the batch, so that
 // a token has the same logits alone and among others: a draft checked in one batch is what greedy decoding would say.
 #include <cmath>
+#include <utility>
 
 #include "int4_cpu.cpp"
 
@@ -59,10 +60,13 @@ struct Scratch {
             return here;
         };
         h = reinterpret_cast<float*>(take(4 * M * s.D));
+        const int64_t before = bytes;
         qkv = reinterpret_cast<float*>(take(4 * M * (s.H + 2 * s.KvH) * s.Hd));
         attended = reinterpret_cast<float*>(take(4 * M * s.H * s.Hd));
+        const int64_t after = std::exchange(bytes, before);  // gate and up lie where those did
         gate = reinterpret_cast<float*>(take(4 * M * s.inner));
         up = reinterpret_cast<float*>(take(4 * M * s.inner));
+        bytes = std::max(bytes, after);
         chunks = take(M * widest / CHUNK * static_cast<int64_t>(sizeof(Chunk<2>)));
         stride = (s.slots + ROWS - 1) / ROWS * ROWS;
         scores = reinterpret_cast<float*>(take(4 * threads * (s.H / s.KvH) * stride));

@@ -13,7 +13,7 @@ from minichat.attention import rotary
 from minichat.cache import KVCache
 from minichat.kernels import cpu
 
-MOST_TOKENS = 128  # in one call: bounds its scratch, and more would gain nothing
+MOST_TOKENS = 32  # of prompts in one call: bounds its scratch, and 128 are 1 % faster
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -83,11 +83,6 @@ class CpuStep:
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """(B, T) ids and positions -> (B, T, D), after the last norm; the cache holds them then."""
-        size = max(1, MOST_TOKENS // ids.shape[0])
-        parts = [self._few(*part) for part in zip(ids.split(size, dim=1), positions.split(size, dim=1))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    def _few(self, ids: Tensor, positions: Tensor) -> Tensor:
         step, cache, library = self.step, self.cache, cpu.library()
         threads = cpu.threads()
         step.B, step.T = ids.shape

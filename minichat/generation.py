@@ -87,9 +87,10 @@ def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 
 
 def prefill(model: nn.Module, forward: fused.Forward, ids: Tensor, positions: Tensor) -> Tensor:
     """Read (B, T) prompts, padded on the left, into the cache of `forward`; the last column's (B, V) logits."""
-    for start in range(0, ids.shape[1], PREFILL_CHUNK):
-        end = start + PREFILL_CHUNK
-        hidden = forward(ids[:, start:end], positions[:, start:end])
+    few = max(1, fused.MOST_TOKENS // len(ids))
+    size = few if isinstance(forward, fused.CpuStep) else PREFILL_CHUNK
+    for part in zip(ids.split(size, dim=1), positions.split(size, dim=1)):
+        hidden = forward(*part)
         device.mark_step(ids.device)
     return model.lm_head(hidden[:, -1])
 

@@ -146,6 +146,17 @@ def test_a_long_prompt_goes_in_parts(monkeypatch):
     model = make(window=16)
     whole, parts = caches(model, 2, 60, torch.bfloat16)
     ids, positions = torch.randint(0, 97, (2, 50)), torch.arange(50).repeat(2, 1)
-    expected = fused.CpuStep(model, whole)(ids, positions)
+    expected = model.lm_head(fused.CpuStep(model, whole)(ids, positions)[:, -1])
     monkeypatch.setattr(fused, "MOST_TOKENS", 14)
-    assert torch.equal(fused.CpuStep(model, parts)(ids, positions), expected)
+    step, sizes = fused.CpuStep(model, parts), []
+    monkeypatch.setattr(fused.CpuStep, "__call__", counted(fused.CpuStep.__call__, sizes))
+    assert torch.equal(generation.prefill(model, step, ids, positions), expected)
+    assert sizes == [7] * 7 + [1]
+
+
+def counted(call, sizes):
+    def counting(step, ids, positions):
+        sizes.append(ids.shape[1])
+        return call(step, ids, positions)
+
+    return counting

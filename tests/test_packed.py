@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MINICHAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu, "_build", lambda: built)
     tokenizer = Tokenizer(write(tmp_path / "tokenizer"))
-    model = Mistral(Config(tokenizer.vocab_size, 64, 128, 2, 4, 2, 32, 16, 512))
+    model = Mistral(Config(tokenizer.vocab_size, 128, 128, 2, 4, 2, 32, 16, 512))
     model.init_weights(0)
     save(model.bfloat16(), tokenizer, tmp_path / "model")
     return tmp_path / "model"
