@@ -43,11 +43,13 @@ struct Step {
     uint8_t* scratch;
 };
 
+constexpr int HEADS = 4;  // of those that share a key head, handled together: each key and value is read once for them
+
 // ---- scratch: everything that a step writes, in one piece of memory that is there already ---------------------------
 struct Scratch {
     float *h, *qkv, *attended, *gate, *up;  // (M, D), (M, (H + 2 KvH) Hd), (M, H Hd), (M, inner) twice
     uint8_t* chunks;
-    float* scores;                          // of each thread (H / KvH, stride)
+    float* scores;                          // of each thread (stride, HEADS)
     int64_t* positions;                     // of each thread (slots)
     int64_t stride, bytes;
 
@@ -69,7 +71,7 @@ struct Scratch {
         bytes = std::max(bytes, after);
         chunks = take(M * widest / CHUNK * static_cast<int64_t>(sizeof(Chunk<2>)));
         stride = (s.slots + ROWS - 1) / ROWS * ROWS;
-        scores = reinterpret_cast<float*>(take(4 * threads * (s.H / s.KvH) * stride));
+        scores = reinterpret_cast<float*>(take(4 * threads * HEADS * stride));
         positions = reinterpret_cast<int64_t*>(take(8 * threads * s.slots));
     }
 };
@@ -147,118 +149,124 @@ INLINE void keep(void* cache, float* scales, int64_t slot, const float* values, 
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------
-constexpr int HEADS = 4;  // of those that share a key head, handled together: each key and value is read once for them
-
-constexpr int AHEAD = 16;  // keys or values that are asked for before they are used
+// The scores of 4 heads lie side by side: (keys, 4), W / 4 keys to a vector.
+constexpr int AHEAD = 8;   // keys or values that are asked for before they are used
+constexpr int BLOCK = 16;  // values that are used in turn for all of Hd, from the nearest cache
 
 template <Kind KIND>
 INLINE void fetch(const void* cache, int64_t at, int64_t count) {
     constexpr int64_t size = KIND == FP32 ? 4 : KIND == BF16 ? 2 : 1;
-    for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(static_cast<const char*>(cache) + at * size + i);
+    const char* bytes = static_cast<const char*>(cache) + at * size;
+    for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(bytes + i, 0, 1);
 }
 
-// The sums of four vectors' lanes: pairs of lanes, then pairs of those, then the quarters of the vector.
-template <int W>
-INLINE void sums_of_4(const typename Lanes<W>::F (&v)[HEADS], float* sums) {
-    using F = typename Lanes<W>::F;
-    using I = typename Lanes<W>::I;
-    I even, odd, low, high;
-    for (int i = 0; i < W; i++) {
-        even[i] = i / 2 * 2 + i % 2 * W, odd[i] = even[i] + 1;
-        low[i] = i / 4 * 4 + i % 2 + i / 2 % 2 * W, high[i] = low[i] + 2;
+// Lane i: the sum of v[i]'s lanes. Each level adds neighbours of two vectors, one's into the lanes whose number has
+// this level's bit clear, the other's where it is set.
+template <int W, int BIT = 1>
+INLINE typename Lanes<W>::F sums_of(typename Lanes<W>::F (&v)[W]) {
+    typename Lanes<W>::I clear, set;
+    for (int i = 0; i < W; i++) clear[i] = (i & ~BIT) + (i & BIT ? W : 0), set[i] = clear[i] | BIT;
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2 / BIT; i++)
+        v[i] = pick(v[2 * i], v[2 * i + 1], clear) + pick(v[2 * i], v[2 * i + 1], set);
+    if constexpr (2 * BIT < W) return sums_of<W, 2 * BIT>(v);
+    return v[0];
+}
+
+// Of each head, what `of` makes of the lanes that are its own.
+template <int W, class Of>
+INLINE typename Lanes<W>::F by_head(typename Lanes<W>::F v, Of of) {
+    typename Lanes<W>::F all;
+    for (int h = 0; h < HEADS; h++) {
+        float found = v[h];
+        for (int i = h + HEADS; i < W; i += HEADS) found = of(found, v[i]);
+        for (int i = h; i < W; i += HEADS) all[i] = found;
     }
-    const F a = pick(v[0], v[1], even) + pick(v[0], v[1], odd);
-    const F b = pick(v[2], v[3], even) + pick(v[2], v[3], odd);
-    float quarters[W];
-    store(quarters, pick(a, b, low) + pick(a, b, high));
-    for (int h = 0; h < HEADS; h++) sums[h] = quarters[h];
-    for (int i = 4; i < W; i += 4)
-        for (int h = 0; h < HEADS; h++) sums[h] += quarters[i + h];
+    return all;
 }
 
-// scores (G, seen) of G heads' queries with one key head's keys, -inf where a key is not seen
+// scores (seen, 4) of 4 heads' queries with one key head's keys, -inf where a key is not seen
 template <int W, Kind KIND>
-INLINE void score(const Step& s, const float* q, const void* keys, int64_t at, const int64_t* positions, int64_t now,
-                  const float* scales, float* scores, int64_t stride) {
+INLINE void score(const Step& s, const float* const* q, const void* keys, int64_t at, const int64_t* positions,
+                  int64_t now, const float* scales, float* scores) {
     using F = typename Lanes<W>::F;
-    const int64_t G = s.H / s.KvH;
+    constexpr int KEYS = W / HEADS;
     const float root = 1 / __builtin_sqrtf(static_cast<float>(s.Hd));
-    for (int64_t g = 0; g < G; g += HEADS) {
-        const float* heads[HEADS];
-        for (int h = 0; h < HEADS; h++) heads[h] = q + std::min(g + h, G - 1) * s.Hd;
-        const int64_t count = std::min<int64_t>(HEADS, G - g);
-        for (int64_t k = 0; k < s.seen; k++) {
-            const int64_t p = positions[k], key = at + k * s.Hd;
-            fetch<KIND>(keys, key + AHEAD * s.Hd, s.Hd);
-            float sums[HEADS] = {-__builtin_inff(), -__builtin_inff(), -__builtin_inff(), -__builtin_inff()};
-            if (now < 0 || (p >= 0 && p <= now && (s.window == 0 || p > now - s.window))) {
-                F sum[HEADS] = {};
-                for (int64_t d = 0; d < s.Hd; d += W) {
-                    const F values = load_floats<W>(keys, KIND, key + d);
+    for (int64_t k = 0; k < s.seen; k += KEYS) {
+        int64_t rows[KEYS];
+        bool sees[KEYS], any = false, all = true;
 #pragma GCC unroll 4
-                    for (int h = 0; h < HEADS; h++) sum[h] += load<F>(heads[h] + d) * values;
-                }
-                sums_of_4<W>(sum, sums);
-                for (int h = 0; h < HEADS; h++) sums[h] *= KIND == INT8 ? root * scales[k] : root;
-            }
-            for (int64_t h = 0; h < count; h++) scores[(g + h) * stride + k] = sums[h];
+        for (int i = 0; i < KEYS; i++) {
+            const int64_t key = std::min(k + i, s.seen - 1), p = positions[key];
+            rows[i] = at + key * s.Hd;
+            sees[i] = k + i < s.seen && (now < 0 || (p >= 0 && p <= now && (s.window == 0 || p > now - s.window)));
+            any |= sees[i], all &= sees[i];
+            fetch<KIND>(keys, rows[i] + AHEAD * s.Hd, s.Hd);
         }
+        F sum[W] = {};
+        for (int64_t d = 0; any && d < s.Hd; d += W) {
+            F key[KEYS];
+#pragma GCC unroll 4
+            for (int i = 0; i < KEYS; i++) key[i] = load_floats<W>(keys, KIND, rows[i] + d);
+#pragma GCC unroll 4
+            for (int h = 0; h < HEADS; h++) {
+                const F query = load<F>(q[h] + d);
+#pragma GCC unroll 4
+                for (int i = 0; i < KEYS; i++) sum[i * HEADS + h] += query * key[i];
+            }
+        }
+        store(scores + k * HEADS, sums_of<W>(sum) * root);
+        for (int i = 0; (KIND == INT8 || !all) && i < KEYS; i++)
+            for (int h = 0; h < HEADS; h++)
+                if (float& one = scores[(k + i) * HEADS + h]; !sees[i])
+                    one = -__builtin_inff();
+                else if (KIND == INT8)
+                    one *= scales[k + i];
     }
 }
 
-// scores to weights, and those to weights of the bytes that the values are kept as
+// Scores to weights, not yet divided by their sums, which it returns; of bytes, times the scales of the values.
 template <int W, Kind KIND>
-INLINE void softmax(float* scores, int64_t count, const float* scales) {
+INLINE typename Lanes<W>::F softmax(float* scores, int64_t seen, const float* scales) {
     using F = typename Lanes<W>::F;
-    const int64_t whole = (count + W - 1) / W * W;
-    for (int64_t k = count; k < whole; k++) scores[k] = -__builtin_inff();
+    constexpr int KEYS = W / HEADS;
     F most = load<F>(scores), sums{};
-    for (int64_t k = W; k < whole; k += W) {
-        const F v = load<F>(scores + k);
+    for (int64_t k = KEYS; k < seen; k += KEYS) {
+        const F v = load<F>(scores + k * HEADS);
         most = v > most ? v : most;
     }
-    float largest = most[0];
-    for (int i = 1; i < W; i++) largest = std::max(largest, most[i]);
-    for (int64_t k = 0; k < whole; k += W) {
-        const F e = exponential<W>(load<F>(scores + k) - largest);
+    most = by_head<W>(most, [](float a, float b) { return std::max(a, b); });
+    for (int64_t k = 0; k < seen; k += KEYS) {
+        const F e = exponential<W>(load<F>(scores + k * HEADS) - most);
         sums += e;
-        store(scores + k, e);
+        store(scores + k * HEADS, e);
     }
-    const float whole_sum = horizontal<W>(sums);
-    for (int64_t k = 0; k < whole; k += W) store(scores + k, load<F>(scores + k) / whole_sum);
-    for (int64_t k = 0; KIND == INT8 && k < count; k++) scores[k] *= scales[k];
+    for (int64_t i = 0; KIND == INT8 && i < seen * HEADS; i++) scores[i] *= scales[i / HEADS];
+    return by_head<W>(sums, [](float a, float b) { return a + b; });
 }
 
-// out (G, Hd) = weights (G, seen) @ values (seen, Hd), for 4 vectors of Hd and 4 heads at a time
-template <int W, Kind KIND>
-INLINE void mix(const Step& s, const float* weights, int64_t stride, const void* values, int64_t at, float* out) {
+// out (heads, Hd) += weights (seen, 4) @ values (seen, Hd): some keys at a time, and of those V vectors at a time
+template <int W, Kind KIND, int V>
+INLINE void mix(const Step& s, const float* weights, const void* values, int64_t at, float* out, int64_t heads) {
     using F = typename Lanes<W>::F;
-    constexpr int V = W == 16 ? 4 : 2;
-    const int64_t G = s.H / s.KvH;
-    for (int64_t g = 0; g < G; g += HEADS) {
-        const int64_t heads = std::min<int64_t>(HEADS, G - g);
+    for (int64_t first = 0; first < s.seen; first += BLOCK) {
+        const int64_t last = std::min(first + BLOCK, s.seen);
         for (int64_t d = 0; d < s.Hd; d += V * W) {
-            const int64_t width = std::min<int64_t>(V, (s.Hd - d) / W);
             F sum[HEADS][V] = {};
-            if (heads == HEADS && width == V) {
-                for (int64_t k = 0; k < s.seen; k++) {
-                    fetch<KIND>(values, at + (k + AHEAD) * s.Hd + d, V * W);
+            for (int64_t k = first; k < last; k++) {
+                if (d == 0) fetch<KIND>(values, at + (k + AHEAD) * s.Hd, s.Hd);
 #pragma GCC unroll 4
-                    for (int i = 0; i < V; i++) {
-                        const F value = load_floats<W>(values, KIND, at + k * s.Hd + d + i * W);
+                for (int i = 0; i < V; i++) {
+                    const F value = load_floats<W>(values, KIND, at + k * s.Hd + d + i * W);
 #pragma GCC unroll 4
-                        for (int h = 0; h < HEADS; h++) sum[h][i] += value * weights[(g + h) * stride + k];
-                    }
+                    for (int h = 0; h < HEADS; h++) sum[h][i] += value * weights[k * HEADS + h];
                 }
-            } else {
-                for (int64_t k = 0; k < s.seen; k++)
-                    for (int64_t i = 0; i < width; i++)
-                        for (int64_t h = 0; h < heads; h++)
-                            sum[h][i] += load_floats<W>(values, KIND, at + k * s.Hd + d + i * W) *
-                                         weights[(g + h) * stride + k];
             }
-            for (int64_t h = 0; h < heads; h++)
-                for (int64_t i = 0; i < width; i++) store(out + (g + h) * s.Hd + d + i * W, sum[h][i]);
+#pragma GCC unroll 4
+            for (int h = 0; h < HEADS; h++)
+#pragma GCC unroll 4
+                for (int i = 0; i < V; i++)
+                    if (float* to = out + h * s.Hd + d + i * W; h < heads) store(to, load<F>(to) + sum[h][i]);
         }
     }
 }
@@ -282,9 +290,20 @@ INLINE void attend(const Step& s, const Layer& layer, const Scratch& mine, int64
         keep<KIND>(layer.values, layer.value_scales, base + slot, v, s.Hd);
         positions[slot] = s.new_positions[m];
         const int64_t first = base * s.Hd;
-        score<W, KIND>(s, q, layer.keys, first, positions, s.new_positions[m], key_scales, scores, mine.stride);
-        for (int64_t g = 0; g < G; g++) softmax<W, KIND>(scores + g * mine.stride, s.seen, value_scales);
-        mix<W, KIND>(s, scores, mine.stride, layer.values, first, mine.attended + (m * s.H + head * G) * s.Hd);
+        for (int64_t g = 0; g < G; g += HEADS) {
+            const int64_t heads = std::min<int64_t>(HEADS, G - g);
+            const float* queries[HEADS];
+            for (int h = 0; h < HEADS; h++) queries[h] = q + std::min(g + h, G - 1) * s.Hd;
+            score<W, KIND>(s, queries, layer.keys, first, positions, s.new_positions[m], key_scales, scores);
+            const auto sums = softmax<W, KIND>(scores, s.seen, value_scales);
+            float* out = mine.attended + (m * s.H + head * G + g) * s.Hd;
+            std::fill(out, out + heads * s.Hd, 0.0f);
+            if (W == 16 && s.Hd % (4 * W) == 0)  // as many sums as there are registers for
+                mix<W, KIND, 4>(s, scores, layer.values, first, out, heads);
+            else
+                mix<W, KIND, 2>(s, scores, layer.values, first, out, heads);
+            for (int64_t i = 0; i < heads * s.Hd; i++) out[i] /= sums[i / s.Hd];
+        }
     }
 }
 
@@ -348,7 +367,7 @@ struct Thread {
 
     INLINE void attention(const Layer& layer) const {
         const Range part(s.B * s.KvH, thread, threads);
-        float* scores = mine.scores + thread * (s.H / s.KvH) * mine.stride;
+        float* scores = mine.scores + thread * HEADS * mine.stride;
         int64_t* positions = mine.positions + thread * s.slots;
         for (int64_t i = part.first; i < part.last; i++)
             if (s.cache_kind == FP32)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minichat.device import bucket
+from minichat.device import bucket, zeros
 
 
 class KVCache:
@@ -23,13 +23,13 @@ class KVCache:
             slots = min(slots, config.sliding_window)
         slots += spare
         shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-        layers = range(config.num_hidden_layers)
+        layers = config.num_hidden_layers
         self.slots, self.device = slots, device
         self.filled = 0  # columns written so far, as the host knows without asking the device
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        in_bytes = layers if dtype == torch.int8 else ()
-        self.scales = [[torch.zeros(shape[:3], device=device) for _ in "kv"] for _ in in_bytes]
+        rings = zeros(2 * layers, shape, device, dtype)
+        self.k, self.v = rings[:layers], rings[layers:]
+        in_bytes = layers if dtype == torch.int8 else 0
+        self.scales = [zeros(2, shape[:3], device, torch.float32) for _ in range(in_bytes)]
         self.positions = torch.full((batch, slots), -1, device=device)
         self.columns = torch.zeros((), device=device, dtype=torch.int64)  # the same, on the device
 

@@ -4,11 +4,14 @@ Nothing is probed when this module is imported; Gaudi's bridge is imported only 
 """
 
 import ctypes
+import math
+import mmap
 import os
 import re
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -103,6 +106,18 @@ def keep_host_memory() -> None:
         if mallopt is not None:
             mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: bytes kept at the heap's end
             mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its largest: more than this is returned when freed
+
+
+def zeros(count: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """`count` tensors of zeros; on the CPU in one piece, of large pages if the system can: reading them takes a third
+    less time."""
+    if device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(count)]
+    size = count * math.prod(shape)
+    memory = mmap.mmap(-1, max(1, size * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return [*torch.frombuffer(memory, dtype=dtype, count=size).view(count, *shape)]
 
 
 def padding(device: torch.device) -> Callable[[int], int] | None:
