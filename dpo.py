@@ -29,6 +29,7 @@ def parse():
 
 def main() -> None:
     args = parse()
+    cli.emulate(args)
     cli.check_training(args)
     if not args.beta > 0:
         raise BadInput(f"--beta is {args.beta}; it must be positive")

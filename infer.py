@@ -51,6 +51,7 @@ def parse():
 
 def main() -> None:
     args, changed = parse()
+    cli.emulate(args)
     if args.file == "":
         raise BadInput("--file is empty; give it a file, or - for standard input")
     for name in ("max_new_tokens", "max_length", "batch_size"):

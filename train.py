@@ -31,6 +31,7 @@ def parse():
 
 def main() -> None:
     args = parse()
+    cli.emulate(args)
     cli.check_training(args)
     if args.max_prompt_length is not None and not 0 < args.max_prompt_length < args.max_length:
         raise BadInput(f"--max-prompt-length {args.max_prompt_length} leaves no room for answers in {args.max_length}")

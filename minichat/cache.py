@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minichat.device import bucket, zeros
+from minichat.device import reach, zeros
 
 
 class KVCache:
@@ -12,7 +12,7 @@ class KVCache:
     A column is one tick for all rows: rows of different lengths are padded on the left, and padding has position
     -1. Column c goes to slot c % slots. Attention reads `positions`, never the layout: it is right at any rotation.
     All writes are index_copy_ with device tensors, so that one graph serves every token; slots that nothing has been
-    written to yet are seen only as far as the device's buckets of lengths go.
+    written to yet are read where the device wants shapes that stay.
 
     k, v: per layer (B, KvH, slots, Hd) of `dtype`; scales: of int8, (B, KvH, slots) of keys and of values per layer.
     positions: (B, slots) int64, -1 = empty. spare: slots beyond those, as many as rewind() may take back.
@@ -41,8 +41,8 @@ class KVCache:
         (S <= slots + T) and written afterwards.
         """
         T = positions.shape[1]
-        self._old = min(self.slots, bucket(self.filled, self.device))
-        self._new = min(self.slots, bucket(self.filled + T, self.device))
+        self._old = reach(self.filled, self.slots, self.device)
+        self._new = reach(self.filled + T, self.slots, self.device)
         seen = None if T == 1 else torch.cat([self.positions[:, : self._old], positions], dim=1)
         # only the last `slots` columns survive; T and slots are shapes, so this is no new graph
         self._kept = min(T, self.slots)

@@ -1,6 +1,7 @@
 """What the three scripts share: flags, the run folder, and one line for whatever is wrong. Imports no torch."""
 
 import argparse
+import atexit
 import importlib.util
 import json
 import math
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -103,6 +105,10 @@ def model_flags(parser: Parser, default: str) -> "argparse._ArgumentGroup":
         "--adapter", type=source, metavar="FOLDER", help="a LoRA adapter in PEFT's format, merged into the model"
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or hpu")
+    group.add_argument("--emulate", nargs="?", const="cpu", choices=["cpu", "meta"], metavar="HOW", help="an HPU in "
+                       "lazy mode on this CPU: its graphs and waits are reported; meta: shapes alone")  # fmt: skip
+    group.add_argument("--max-graphs", type=int, metavar="N", help="--emulate: exit code 1 if there are more graphs")
+    group.add_argument("--max-syncs", type=int, metavar="N", help="--emulate: exit code 1 if the host waits more often")
     group.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -110,6 +116,28 @@ def model_flags(parser: Parser, default: str) -> "argparse._ArgumentGroup":
     )
     quantise_flags(group)
     return group
+
+
+_emulated: list[argparse.Namespace] = []  # the flags, once --emulate is on
+
+
+def emulate(args: argparse.Namespace) -> None:
+    """--emulate: make the device hpu, for this process; run() ends with the report. Before anything is computed."""
+    if args.emulate is None:
+        if args.max_graphs is not None or args.max_syncs is not None:
+            raise BadInput("--max-graphs and --max-syncs are budgets of --emulate; add it")
+        return
+    if args.device not in ("auto", "hpu"):
+        raise BadInput(f"--device {args.device} with --emulate, which is of hpu; leave one of them out")
+    from minichat import lazy
+
+    args.device = "hpu"
+    lazy.install(args.emulate)
+    _emulated.append(args)
+    if args.emulate == "meta" and hasattr(args, "out"):
+        args.out = Path(tempfile.mkdtemp(prefix="minichat-"))
+        atexit.register(shutil.rmtree, args.out, ignore_errors=True)
+        print("minichat: shapes alone: all values are 0, and nothing is kept", file=sys.stderr)
 
 
 def quantise_flags(group: "argparse._ArgumentGroup") -> None:
@@ -356,6 +384,10 @@ def run(main: Callable[[], None]) -> None:
         main()
         if sys.stdout is not None:
             sys.stdout.flush()
+        if _emulated:
+            from minichat import lazy
+
+            sys.exit(lazy.finish(_emulated[0].max_graphs, _emulated[0].max_syncs))
     except BrokenPipeError:  # `infer.py … | head` ends quietly
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)

@@ -148,7 +148,8 @@ def _tensors(rows: list[list[tuple[list[int], list[int]]]], pad_to: Callable[[in
     """Rows of documents, each (tokens, mask), as ids; and the flat index, label and document of every target.
 
     pad_to None: all in one row, without padding: ids (1, T) and the documents' lengths. Else ids (B, T), padded on
-    the right, and for packed rows each token's position and document, (B, T).
+    the right, and for packed rows each token's position and document, (B, T); as many targets as there are tokens,
+    those that are none with weight 0. An empty row is padding too, and has a document's number.
     """
     lengths = [len(tokens) for row in rows for tokens, _ in row]
     if pad_to is None:
@@ -170,8 +171,9 @@ def _tensors(rows: list[list[tuple[list[int], list[int]]]], pad_to: Callable[[in
             labels += [tokens[t] for t in targets]
             document += [n] * len(targets)
             n += 1
+        n += not row
     # padding by mask, never by id: eos may be the padding token and is still learnt
-    filler = [] if pad_to is None else [0] * (pad_to(len(index)) - len(index))
+    filler = [] if pad_to is None else [0] * (ids.numel() - len(index))
     tensors = {
         "ids": ids,
         "index": torch.tensor(index + filler, dtype=torch.int64),
@@ -181,7 +183,7 @@ def _tensors(rows: list[list[tuple[list[int], list[int]]]], pad_to: Callable[[in
     }
     if pad_to is None:
         tensors["documents"] = lengths
-    elif len(lengths) > len(rows):
+    elif any(len(row) > 1 for row in rows):
         tensors |= {"positions": positions, "documents": documents}
     return tensors
 
@@ -194,12 +196,17 @@ def sft_batch(rows: list[list[Example]], pad_to: Callable[[int], int] | None) ->
 
 
 def dpo_batch(rows: list[list[Pair]], pad_to: Callable[[int], int] | None) -> Batch:
-    """A micro-batch of B pairs as 2B documents, the chosen ones first; its weight is its number of pairs."""
+    """A micro-batch of B pairs as 2B documents, the chosen ones first; its weight is its number of pairs.
+
+    Empty rows, where shapes have to stay, come last: "pairs" (B,) is 1 for a pair and 0 for those.
+    """
     items = [pair for row in rows for pair in row]
     chosen = [[(p.prompt + p.chosen, [0] * len(p.prompt) + p.masks[0]) for p in row] for row in rows]
     rejected = [[(p.prompt + p.rejected, [0] * len(p.prompt) + p.masks[1]) for p in row] for row in rows]
     tensors = _tensors(chosen + rejected, pad_to)
-    tensors["pairs"] = len(items)
+    missing = [0.0] * (len(rows) - len(items))  # rows that are padding
+    tensors["pairs"] = torch.tensor([1.0] * len(items) + missing)
     if items[0].reference is not None:
-        tensors["reference"] = torch.tensor([p.reference[side] for side in (0, 1) for p in items])
+        known = [[p.reference[side] for p in items] + missing for side in (0, 1)]
+        tensors["reference"] = torch.tensor(known).flatten()
     return Batch(tensors, len(items), sum(p.tokens for p in items), [p.where for p in items])

@@ -52,6 +52,12 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def holds_values(device: torch.device) -> bool:
+    """Whether tensors there have values: not on an emulated device of shapes alone (lazy.py)."""
+    emulated = sys.modules.get("minichat.lazy")
+    return not (device.type == "hpu" and emulated and emulated.shapes_alone())
+
+
 def mark_step(device: torch.device) -> None:
     """End a lazy graph: after backward, after the optimiser's step, once per decoded token. Nothing elsewhere."""
     if device.type == "hpu":
@@ -141,8 +147,13 @@ def bucket(length: int, device: torch.device) -> int:
     return size
 
 
+def reach(filled: int, slots: int, device: torch.device) -> int:
+    """How many of a cache's slots attention reads when `filled` have been written: all where shapes have to stay."""
+    return slots if device.type == "hpu" else min(slots, bucket(filled, device))
+
+
 def tokens_between_syncs(device: torch.device) -> int:
-    """How many tokens to decode before the host looks whether all rows are done."""
+    """How many tokens to decode before the host reads them, and whether all rows are done."""
     return 1 if device.type == "cpu" else 16
 
 

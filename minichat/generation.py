@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minichat import device, fused, speculation
 from minichat.cache import KVCache
 from minichat.errors import BadInput
+from minichat.readings import Readings
 from minichat.tokenizer import TextStream, Tokenizer
 
 PREFILL_CHUNK = 512  # prompt tokens at a time: bounds the memory of a long prefill
@@ -104,11 +105,12 @@ def decode(
     stop_ids: Sequence[int],
     speculate: bool = False,
     kv: torch.dtype | None = None,
-) -> Iterator[Tensor]:
-    """The (B,) int64 device tensor of each step's tokens, until all rows have stopped or max_new_tokens are there.
+) -> Iterator[list[int]]:
+    """Each step's tokens, one a row, until all rows have stopped or max_new_tokens are there.
 
-    A row that has drawn one of stop_ids repeats it from then on. speculate: see speculation.py; of one prompt, greedy.
-    kv: the cache's dtype, int8 too; None is bf16 beside INT4 weights on the CPU, and else the model's.
+    A row that has drawn one of stop_ids repeats it from then on. The host reads tokens_between_syncs() steps at a time,
+    and so they come. speculate: see speculation.py; of one prompt, greedy. kv: the cache's dtype, int8 too; None is
+    bf16 beside INT4 weights on the CPU, and else the model's.
     """
     check(model, prompts, max_new_tokens)
     if kv not in (None, torch.float32, torch.bfloat16, torch.int8):
@@ -139,14 +141,17 @@ def decode(
             seen[row, list(prompt)] = True
         seen = seen.to(where)
 
+    every = device.tokens_between_syncs(where)
+    readings = Readings(every, B, where, torch.int64)
+    token = torch.zeros(B, dtype=torch.int64, device=where)
     forward = fused.decoder(model, cache)
+    device.mark_step(where)  # what is above is a graph of its own, not a part of the first
     logits = prefill(model, forward, ids, positions)
     if speculate:
         drafter = speculation.Drafter(list(prompts[0]))
         yield from _with_drafts(model, forward, cache, logits, drafter, max_new_tokens, set(stop_ids))
         return
-    token = torch.zeros(B, dtype=torch.int64, device=where)
-    every = device.tokens_between_syncs(where)
+    stopped = [False] * B
     for step in range(max_new_tokens):
         if step:
             logits = model.lm_head(forward(token[:, None], position))[:, -1]
@@ -156,10 +161,14 @@ def decode(
             seen.scatter_(1, token[:, None], True)
         if len(stops):
             done = done | (token[:, None] == stops).any(dim=1)
+        readings.put(token)
         device.mark_step(where)
-        yield token
-        if len(stops) and (step + 1) % every == 0 and bool(done.all()):
-            return
+        if readings.unread == every or step + 1 == max_new_tokens:
+            for tokens in readings.read():
+                yield tokens
+                stopped = [was or one in stop_ids for was, one in zip(stopped, tokens)]
+                if all(stopped):
+                    return
 
 
 def _with_drafts(
@@ -170,13 +179,13 @@ def _with_drafts(
     drafter: speculation.Drafter,
     max_new_tokens: int,
     stops: set[int],
-) -> Iterator[Tensor]:
+) -> Iterator[list[int]]:
     """The likeliest tokens one by one, several of them found in one forward pass where a draft was right."""
     position, left = len(drafter.ids), max_new_tokens
     found = [int(logits.argmax(dim=-1))]
     while True:
         for token in found:
-            yield torch.tensor([token], device=cache.device)
+            yield [token]
             drafter.append(token)
             left -= 1
             if left == 0 or token in stops:
@@ -246,8 +255,8 @@ def generate(
     """
     stops = default_stops(model) if stop_ids is None else tuple(stop_ids)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    columns = list(decode(model, prompts, max_new_tokens, sampling, stops, speculate, kv))
-    return [cut(row, stops) for row in torch.stack(columns, dim=1).tolist()]
+    columns = decode(model, prompts, max_new_tokens, sampling, stops, speculate, kv)
+    return [cut(list(row), stops) for row in zip(*columns)]
 
 
 @dataclass
@@ -295,9 +304,8 @@ def answer(
         if piece and on_text:
             on_text(row, piece)
 
-    # one step behind: the host reads a token while the device makes the next one
     steps = decode(model, prompts, max_new_tokens, sampling, stops, speculate, kv)
-    for tokens in (column.tolist() for column in _one_behind(steps, model.device)):
+    for tokens in steps:
         now = time.perf_counter() - start
         first = now if first is None else first
         for row in rows:
@@ -321,16 +329,3 @@ def answer(
         Answer(streams[r].text, ids[r], finish[r], len(prompts[r]), first, total if ended[r] is None else ended[r])
         for r in rows
     ]
-
-
-def _one_behind(steps: Iterator[Tensor], where: torch.device) -> Iterator[Tensor]:
-    if where.type == "cpu":
-        yield from steps
-        return
-    last = None
-    for column in steps:
-        if last is not None:
-            yield last
-        last = column
-    if last is not None:
-        yield last

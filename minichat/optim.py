@@ -1,10 +1,13 @@
 """The learning-rate schedule and AdamW with float32 masters."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # their names in checkpoints
+PART = 1 << 24  # weights that are updated together: bounds the temporaries
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -45,11 +48,8 @@ class AdamW:
             raise ValueError("nothing to train: no parameter requires a gradient; attach LoRA or train in full")
         exact = torch.float32
         self.masters = [p if p.dtype == exact else p.detach().to(exact).requires_grad_() for p in self.weights]
-        groups = [
-            {"params": [m for m in self.masters if m.dim() > 1], "weight_decay": weight_decay},
-            {"params": [m for m in self.masters if m.dim() <= 1], "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps)
+        self.betas, self.eps, self.decay, self.steps = betas, eps, weight_decay, 0
+        self.moments = [(torch.zeros_like(m), torch.zeros_like(m)) for m in self.masters]
 
     def collect(self) -> None:
         """After each backward: add the gradients of weights below float32 to their masters', and clear them.
@@ -62,36 +62,65 @@ class AdamW:
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
                 weight.grad = None
 
+    @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> Tensor:
         """Clip the gradients to a total norm of max_norm (0: not), update, clear them; their norm before clipping."""
         self.collect()
         norm = nn.utils.clip_grad_norm_(self.masters, max_norm or math.inf)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
-        with torch.no_grad():
-            for weight, master in zip(self.weights, self.masters):
-                if master is not weight:
-                    weight.copy_(master)
-        self.adamw.zero_grad(set_to_none=True)
+        self.steps += 1
+        (beta1, beta2), t = self.betas, self.steps
+        # what changes from step to step reaches the device as a tensor: as numbers it would be another graph each time
+        changing = torch.tensor([lr / (1 - beta1**t), math.sqrt(1 - beta2**t), 1 - lr * self.decay])
+        rate, root, shrink = changing.to(norm.device, non_blocking=True).unbind()
+        for part in self._parts():
+            weights, grads, first, second = zip(*part)
+            if self.decay and weights[0].dim() > 1:
+                torch._foreach_mul_(weights, shrink)
+            torch._foreach_lerp_(first, grads, 1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+            deviation = torch._foreach_sqrt(second)
+            torch._foreach_div_(deviation, root)
+            torch._foreach_add_(deviation, self.eps)
+            update = torch._foreach_div(first, deviation)
+            torch._foreach_mul_(update, rate)
+            torch._foreach_sub_(weights, update)
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight:
+                weight.copy_(master)
+            master.grad = None
         return norm
+
+    def _parts(self) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+        """(weight, gradient, moments) of some at a time, matrices apart from vectors."""
+        known = zip(self.masters, self.moments)
+        every = [(m.detach(), m.grad, *moments) for m, moments in known if m.grad is not None]
+        for of_dim in (lambda n: n > 1, lambda n: n <= 1):
+            part, size = [], 0
+            for one in (each for each in every if of_dim(each[0].dim())):
+                part.append(one)
+                size += one[0].numel()
+                if size >= PART:
+                    yield part
+                    part, size = [], 0
+            if part:
+                yield part
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on: each weight in float32, and AdamW's moments and count of its steps."""
         found = {}
-        for name, master in zip(self.names, self.masters):
+        for name, master, moments in zip(self.names, self.masters, self.moments):
             found[f"weight.{name}"] = master.detach()
-            found |= {f"{key}.{name}": value for key, value in self.adamw.state[master].items()}
-        return found
+            found |= {f"{key}.{name}": moment for key, moment in zip(MOMENTS, moments)}
+        return found | {"steps": torch.tensor(self.steps)}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Continue from what state() gave. Raises KeyError or RuntimeError for the state of other weights."""
-        for name, weight, master in zip(self.names, self.weights, self.masters):
+        for name, weight, master, moments in zip(self.names, self.weights, self.masters, self.moments):
             master.copy_(tensors[f"weight.{name}"])
             if master is not weight:
                 weight.copy_(master)
-            for key in ("exp_avg", "exp_avg_sq"):
-                moment = torch.empty_like(master)
-                self.adamw.state[master][key] = moment.copy_(tensors[f"{key}.{name}"])
-            self.adamw.state[master]["step"] = tensors[f"step.{name}"].clone()
+            for key, moment in zip(MOMENTS, moments):
+                moment.copy_(tensors[f"{key}.{name}"])
+        self.steps = int(tensors["steps"])

@@ -20,9 +20,9 @@ from minichat.tokenizer import Tokenizer
 
 EMBEDDED = {"sft": ("sft", 5000), "dpo": ("pairs", 1000)}  # without --data: kind and number of records
 # flags that do not decide a run's numbers, or whose content is compared instead
-NOT_DECIDING = ("out", "overwrite", "resume", "save_every", "keep", "log_every", "log", "device", "save_dtype",
-                "gradient_checkpointing", "strict", "model", "template", "format", "data", "eval_data",
-                "eval_split")  # fmt: skip
+NOT_DECIDING = ("out", "overwrite", "resume", "save_every", "keep", "log_every", "log", "device", "emulate",
+                "max_graphs", "max_syncs", "save_dtype", "gradient_checkpointing", "strict", "model", "template",
+                "format", "data", "eval_data", "eval_split")  # fmt: skip
 
 
 def say(text: str) -> None:

@@ -5,7 +5,7 @@ draft in one forward pass, which costs about as much as one token where weights 
 """
 
 LONGEST, SHORTEST = 4, 2  # tokens that have to agree before those that follow them are a draft
-FEWEST, MOST = 4, 15  # tokens of a draft
+FEWEST, MOST = 2, 15  # tokens of a draft
 
 
 class Drafter:

@@ -14,6 +14,7 @@ from minichat.checkpoint import Checkpoints, Stopped
 from minichat.errors import BadInput
 from minichat.examples import Pair
 from minichat.metrics import Metrics
+from minichat.readings import Readings
 
 
 @dataclass
@@ -41,14 +42,15 @@ class Settings:
 class Method:
     """What makes SFT SFT and DPO DPO.
 
-    objective: (model, tensors of a micro-batch) -> sums over it, "loss" among them, each divided by the batch's
-    weight to be a mean. batch: items -> Batch. summary: adds what follows from the means (perplexity).
+    objective: (model, tensors of a micro-batch) -> sums over it, called `keys`, each divided by the batch's weight to
+    be a mean. batch: items -> Batch. summary: adds what follows from the means (perplexity).
     """
 
     objective: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
     batch: Callable[[list, Callable[[int], int]], data.Batch]
     summary: Callable[[dict[str, float]], dict[str, float]] = lambda means: means
     logps: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None  # DPO: of each row's answer, (2B,)
+    keys: tuple[str, ...] = ("loss",)  # of what objective gives
 
 
 def sft() -> Method:
@@ -77,12 +79,12 @@ def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, 
     losses.check_preference(beta, kind, label_smoothing)
 
     def logps(model, tensors):
-        count = 2 * tensors["pairs"]
+        count = 2 * len(tensors["pairs"])
         hidden = hidden_states(model, tensors)
         each = losses.target_logps(hidden, model.lm_head, tensors["index"], tensors["labels"]) * tensors["weights"]
         sums = losses.row_sums(each, tensors["document"], count)
         if kind == "ipo":  # the mean over the answer's tokens, not their sum
-            sums = sums / losses.row_sums(tensors["weights"], tensors["document"], count)
+            sums = sums / losses.row_sums(tensors["weights"], tensors["document"], count).clamp_min(1)
         return sums
 
     def objective(model, tensors):
@@ -98,14 +100,15 @@ def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, 
         (chosen, rejected), (ref_chosen, ref_rejected) = policy.chunk(2), reference.chunk(2)
         each, good, bad = losses.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind, label_smoothing)
         return {
-            "loss": each.sum(),
+            "loss": (each * tensors["pairs"]).sum(),
             "accuracy": (good > bad).sum(),
             "margin": (good - bad).sum(),
             "chosen_reward": good.sum(),
             "rejected_reward": bad.sum(),
         }
 
-    return Method(objective, data.dpo_batch, logps=logps)
+    keys = ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward")
+    return Method(objective, data.dpo_batch, logps=logps, keys=keys)
 
 
 @torch.no_grad()
@@ -115,8 +118,9 @@ def with_reference(model: nn.Module, method: Method, pairs: Sequence[Pair], sett
     found = torch.empty(len(pairs), 2)
     for rows in data.by_length(data.lengths(pairs), settings.batch_size):
         indices = [i for row in rows for i in row]
-        batch = method.batch([[pairs[i] for i in indices]], device.padding(where))
-        found[indices] = method.logps(model, on(where, batch.tensors)).view(2, -1).T.float().cpu()
+        batch = method.batch(_full([[pairs[i]] for i in indices], settings, where), device.padding(where))
+        logps = method.logps(model, on(where, batch.tensors)).float().cpu()
+        found[indices] = logps.view(2, -1).T[: len(indices)]
     return data.Referenced(pairs, found)
 
 
@@ -147,13 +151,15 @@ def fit(
     torch.manual_seed(settings.seed)
     warmup = 0 if settings.warmup * total < 1 else settings.warmup  # its one step, at rate 0, would be the run
     model.train()
-    pending: list[tuple[int, dict[str, Tensor], int, list[str]]] = []  # steps whose numbers nobody has read yet
+    pending = _Pending(settings.log_every, (*method.keys, "grad_norm"), where)
     done, tokens, last = 0, 0, {}
     if resume:
         done, tokens = checkpoints.resume(model, optimizer, metrics)
+    device.mark_step(where)  # what is above is a graph of its own, not a part of the first step's
     logged_tokens, start = tokens, time.perf_counter()
     for step, batches in zip(range(done, total), steps(items, settings, method, where, done)):
-        weight = sum(batch.weight for batch in batches)
+        # a tensor: a number would make another graph of each step
+        weight = torch.tensor(float(sum(batch.weight for batch in batches))).to(where, non_blocking=True)
         lr = optim.lr_at(step, total, settings.lr, settings.schedule, warmup)
         sums: dict[str, Tensor] = {}
         for batch in batches:
@@ -161,19 +167,18 @@ def fit(
             (found["loss"] / weight).backward()
             optimizer.collect()
             for key, value in found.items():
-                sums[key] = sums.get(key, 0) + value.detach()
+                sums[key] = sums[key] + value.detach() if key in sums else value.detach()
             device.mark_step(where)
-        sums["grad_norm"] = optimizer.step(lr, settings.clip) * weight
+        means = {key: value / weight for key, value in sums.items()}
+        means["grad_norm"] = optimizer.step(lr, settings.clip)
+        pending.put(step + 1, means, [name for batch in batches for name in batch.where])
         device.mark_step(where)
         tokens += sum(batch.tokens for batch in batches)
-        pending.append((step + 1, sums, weight, [name for batch in batches for name in batch.where]))
-
         done = step + 1
         evaluates = bool(eval_items) and (done == total or (settings.eval_every and done % settings.eval_every == 0))
         scores = {}
         if done % settings.log_every == 0 or done in (1, total) or evaluates:
-            means = _read(pending)
-            pending.clear()
+            means = pending.read()
             now = time.perf_counter()
             rate = (tokens - logged_tokens) / (now - start)
             last = {"step": done, **method.summary(means), "lr": lr, "tokens": tokens, "tokens_per_s": round(rate, 1)}
@@ -184,7 +189,7 @@ def fit(
             metrics.write(last)
             start, logged_tokens = time.perf_counter(), tokens
         if checkpoints and checkpoints.due(done, scores):
-            _read(pending)  # raises where a number is not finite: nobody resumes from that
+            pending.read()  # raises where a number is not finite: nobody resumes from that
             checkpoints.save(done, model, optimizer, metrics, {"tokens": tokens, **scores})
             if checkpoints.asked and done < total:
                 raise Stopped(checkpoints.asked, done)
@@ -192,17 +197,29 @@ def fit(
     return last
 
 
-def _read(pending: list) -> dict[str, float]:
-    """The means of the newest step, {} of none; reading them is the host's one synchronisation with the device."""
-    for step, sums, _, names in pending:
-        if not math.isfinite(float(sums["loss"])) or not math.isfinite(float(sums["grad_norm"])):
-            shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-            raise BadInput(
-                f"the loss or its gradient is not finite at step {step} (loss {float(sums['loss'])}); "
-                f"its records: {shown}; nothing was saved; try a lower --lr"
-            )
-    _, sums, weight, _ = pending[-1] if pending else (0, {}, 1, [])
-    return {key: float(value) / weight for key, value in sums.items()}
+class _Pending:
+    """The numbers of the steps that nobody has read yet, on the device: to read them is one wait for it."""
+
+    def __init__(self, rows: int, keys: tuple[str, ...], where: torch.device):
+        self.keys, self.readings = keys, Readings(rows, len(keys), where)
+        self.steps: list[tuple[int, list[str]]] = []  # number, and names of the records
+
+    def put(self, step: int, means: dict[str, Tensor], names: list[str]) -> None:
+        self.steps.append((step, names))
+        self.readings.put(torch.stack([means[key].float() for key in self.keys]))
+
+    def read(self) -> dict[str, float]:
+        """The newest step's, {} if there is none. Raises BadInput where one is not finite."""
+        found = [dict(zip(self.keys, row)) for row in self.readings.read()]
+        for (step, names), means in zip(self.steps, found):
+            if not math.isfinite(means["loss"]) or not math.isfinite(means["grad_norm"]):
+                shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+                raise BadInput(
+                    f"the loss or its gradient is not finite at step {step} (loss {means['loss']}); "
+                    f"its records: {shown}; nothing was saved; try a lower --lr"
+                )
+        self.steps.clear()
+        return found[-1] if found else {}
 
 
 def steps(
@@ -215,8 +232,14 @@ def steps(
         skipped = min(done, len(planned))
         done -= skipped
         for batches in planned[skipped:]:
-            yield [method.batch([[items[j] for j in row] for row in rows], padding) for rows in batches]
+            rows = [_full([[items[j] for j in row] for row in rows], settings, where) for rows in batches]
+            yield [method.batch(each, padding) for each in rows]
         epoch += 1
+
+
+def _full(rows: list[list], settings: Settings, where: torch.device) -> list[list]:
+    """A micro-batch's rows, filled up with empty ones where shapes have to stay."""
+    return rows + [[]] * (settings.batch_size - len(rows)) if device.padding(where) else rows
 
 
 def order(items: data.Mix, settings: Settings, epoch: int) -> list[list[list[data.Row]]]:
@@ -247,13 +270,15 @@ def evaluate(model: nn.Module, method: Method, items: Sequence, settings: Settin
     sums: dict[str, Any] = {}
     weight = 0
     for rows in data.by_length(data.lengths(items), settings.batch_size):
-        batch = method.batch([[items[j] for j in row] for row in rows], device.padding(where))
+        full = _full([[items[j] for j in row] for row in rows], settings, where)
+        batch = method.batch(full, device.padding(where))
         for key, value in method.objective(model, on(where, batch.tensors)).items():
-            sums[key] = sums.get(key, 0) + value
+            sums[key] = sums[key] + value if key in sums else value
         weight += batch.weight
         device.mark_step(where)
     model.train(was_training)
-    return method.summary({key: float(value) / weight for key, value in sums.items()})
+    values = torch.stack([value.float() for value in sums.values()]).tolist()
+    return method.summary({key: value / weight for key, value in zip(sums, values)})
 
 
 def on(where: torch.device, tensors: dict) -> dict:

@@ -256,6 +256,10 @@ def load_model(
     tokenizer = tokenizer_of(folder, adapters)  # before the weights: what is wrong with it shows at once
     model = without_weights(config)
     model.scheme = scheme
+    if not devices.holds_values(where):
+        _imagine(model, where, dtype, packed or scheme)
+        model.source, model.identity = str(source), "none: shapes alone"
+        return model.eval(), tokenizer
     merged = [a for a in adapters if a not in unmerged]
     _fill(model, Shards(folder), where, dtype, packed, scheme, merged)
     for extra in unmerged:
@@ -282,6 +286,25 @@ def _trained_over_int4(adapters: list[Adapter], scheme) -> list[Adapter]:
             now = "float weights" if scheme is None else f"INT4 weights of {scheme}"
             say_merged_over(f"{adapter.folder} was trained over INT4 weights ({over}) and is merged into {now}")
     return adapters[first:]
+
+
+@torch.no_grad()
+def _imagine(model: Mistral, where: torch.device, dtype: torch.dtype, scheme: quant.Scheme | None) -> None:
+    """Weights without values, on a device that holds none: the folder needs none."""
+    if scheme is not None:
+        quant.check({n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}, scheme)
+    for name, module in list(model.named_modules()):
+        if scheme is not None and quant.wanted(name, module, scheme):
+            N, K, groups = module.out_features, module.in_features, module.in_features // scheme.group_size
+            q = torch.empty(N, K, dtype=torch.uint8, device="meta")
+            scale = torch.empty(N, groups, dtype=torch.bfloat16, device="meta")
+            zero = None if scheme.symmetric else scale.to(torch.uint8)
+            _put(model, name, quant.Int4Linear.from_quantized(q, scale, zero, scheme.bits, where))
+        elif isinstance(getattr(module, "weight", None), nn.Parameter):
+            module.weight = nn.Parameter(torch.empty(module.weight.shape, dtype=dtype, device=where))
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    devices.mark_step(where)
 
 
 @torch.no_grad()

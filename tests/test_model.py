@@ -133,11 +133,11 @@ def test_chunked_prefill_is_the_full_forward(window, slots, size, monkeypatch):
     """Every way to cut 40 tokens, also into chunks longer than the window and the ring; and what is seen of the ring
     is what was written, up to the next of the device's sizes."""
 
-    def rounded(length, where=None):
-        return -(-length // size) * size
+    def rounded(filled, slots, where):
+        return min(slots, -(-filled // size) * size)
 
     seen = []
-    monkeypatch.setattr("minichat.cache.bucket", rounded)
+    monkeypatch.setattr("minichat.cache.reach", rounded)
     monkeypatch.setattr("minichat.model.attention", lambda q, k, v, view: seen.append(k) or attention(q, k, v, view))
     model = make(sliding_window=window if slots != 3 else 3)
     ids = torch.randint(0, 97, (2, 40))
@@ -151,7 +151,7 @@ def test_chunked_prefill_is_the_full_forward(window, slots, size, monkeypatch):
             torch.testing.assert_close(found, full[:, start : start + length], rtol=0, atol=1e-4)
             # a single token's key is in the ring already, those of several are seen beside it
             ring, beside = (start + 1, 0) if length == 1 else (start, length)
-            assert seen[-1].shape[2] == min(rounded(ring), slots, window or slots) + beside
+            assert seen[-1].shape[2] == rounded(ring, min(slots, window or slots), None) + beside
             start += length
 
 

@@ -32,7 +32,7 @@ def for_device(device: torch.device) -> ModuleType:
 
         if cpu.available():
             return cpu
-    return named("int4_reference")
+    return named("int4_hpu" if device.type == "hpu" and choice == "" else "int4_reference")
 
 
 def named(name: str) -> ModuleType:

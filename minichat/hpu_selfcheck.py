@@ -1,0 +1,148 @@
+"""What a Gaudi's owner wants to know before a run: does minichat work here as it should?
+
+    python -m minichat.hpu_selfcheck                        # the embedded model, two minutes
+    python -m minichat.hpu_selfcheck --model mistralai/Mistral-7B-v0.1
+
+It decodes and trains, and says whether graphs are still compiled after each shape was seen, whether operations fell
+back to the host, what the bridge's own operations and INT4 differ from plain ones, tokens/s and peak memory: one line
+of JSON on standard output, a verdict on standard error, exit code 1 if something is wrong.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from minichat import cli
+
+COUNTS = ("graph_compilation", "cpu_fallback")
+
+
+def parse():
+    parser = cli.Parser(__doc__, prog="python -m minichat.hpu_selfcheck")
+    cli.model_flags(parser, "without it: the embedded base")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens to decode")
+    return parser.parse_args()
+
+
+def counts() -> dict[str, int]:
+    """How many graphs the bridge has compiled, and how many operations it left to the host, so far."""
+    from habana_frameworks.torch.hpu import metrics
+
+    return {name: dict(metrics.metric_global(name).stats())["TotalNumber"] for name in COUNTS}
+
+
+def decoding(model, new: int) -> dict:
+    """Prompts of several lengths of one bucket, twice: the second time nothing is compiled."""
+    from minichat import device
+    from minichat.generation import Sampling, decode
+
+    def run(lengths) -> float:
+        start = time.perf_counter()
+        for length in lengths:
+            list(decode(model, [[5] * length], new, Sampling(), ()))
+        return len(lengths) * new / (time.perf_counter() - start)
+
+    run([100])
+    before = counts()["graph_compilation"]
+    rate = run([90, 110, 128])
+    compiled = counts()["graph_compilation"] - before
+    return {"compiled_after_warm_up": compiled, "tokens_per_s": round(rate, 1),
+            "peak_gib": round(device.peak_memory_gib(model.device), 2)}  # fmt: skip
+
+
+def trains(model) -> dict:
+    """LoRA over what the model is, 12 steps of one shape: the first two compile, and then none does."""
+    from minichat import lora, training
+    from minichat.examples import Example
+    from minichat.metrics import Metrics
+
+    lora.attach(model, 8, 16)
+    items = [Example([5 + i % 50] * 100, [0] * 50 + [1] * 50) for i in range(96)]
+    compiled = []
+
+    class Watched(Metrics):
+        def write(self, numbers):
+            compiled.append(counts()["graph_compilation"])
+            super().write(numbers)
+
+    settings = training.Settings(steps=12, batch_size=2, accumulate=4, log_every=2, lr=1e-4)
+    with tempfile.TemporaryDirectory() as folder, Watched(Path(folder), 12, "selfcheck") as log:
+        last = training.fit(model, training.sft(), items, settings, log)
+    return {"compiled_after_warm_up": compiled[-1] - compiled[1], "tokens_per_s": last["tokens_per_s"],
+            "loss": last["loss"]}  # fmt: skip
+
+
+def operations(where) -> dict:
+    """Relative differences between the bridge's own operations and plain ones; INT4's weights are the very same."""
+    import torch
+    import torch.nn.functional as F
+
+    from minichat import int4, model
+
+    def apart(a, b) -> float:
+        return float((a.cpu().double() - b.double()).norm() / b.double().norm())
+
+    torch.manual_seed(0)
+    x, q, k = torch.randn(4, 256), torch.randn(1, 8, 64, 64), torch.randn(1, 2, 64, 64)
+    norm = model.RMSNorm(256, 1e-5)
+    found = {"plain_norm": apart(norm.to(where)(x.to(where)), norm.cpu()(x).detach())}
+    expected = F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+    there = F.scaled_dot_product_attention(*(t.to(where) for t in (q, k, k)), is_causal=True, enable_gqa=True)
+    found["plain_attention"] = apart(there, expected)
+    try:
+        from habana_frameworks.torch.hpex.kernels import FusedSDPA
+        from habana_frameworks.torch.hpex.normalization import FusedRMSNorm
+
+        found["FusedRMSNorm"] = apart(
+            FusedRMSNorm.apply(x.to(where), torch.ones(256).to(where), 1e-5), norm(x).detach()
+        )
+        found["FusedSDPA"] = apart(FusedSDPA.apply(*(t.to(where) for t in (q, k, k)), None, 0.0, True), expected)
+    except ImportError as error:
+        found["fused"] = f"not there: {error}"
+    weight = torch.randn(64, 256)
+    on_device = int4.Int4Linear.from_weight(weight, int4.Scheme(skip=()), where)
+    on_host = int4.Int4Linear.from_weight(weight, int4.Scheme(skip=()))
+    dtype = torch.bfloat16
+    found["int4_kernel"] = on_device.kernel
+    found["int4_weights"] = apart(on_device.dequantize(dtype), on_host.dequantize(dtype))
+    found["int4_matmul"] = apart(on_device(x.to(where, dtype)), (x.to(dtype).float() @ on_host.dequantize().T))
+    return found
+
+
+def wrong(found: dict) -> list[str]:
+    """What is not as it should be, a line each."""
+    lines = [f"{part}: {found[part]['compiled_after_warm_up']} graphs were compiled after every shape was seen"
+             for part in ("decoding", "training") if found[part]["compiled_after_warm_up"]]  # fmt: skip
+    if found["cpu_fallback"]:
+        lines.append(f"{found['cpu_fallback']} operations fell back to the host")
+    for name, value in found["operations"].items():
+        limit = 0 if name == "int4_weights" else 2e-2
+        if isinstance(value, float) and not value <= limit:
+            lines.append(f"{name}: a relative difference of {value:.2e}, more than {limit}")
+    return lines
+
+
+def main() -> None:
+    args = parse()
+    os.environ.setdefault("PT_HPU_LAZY_MODE", "1")  # before torch is imported
+    cli.emulate(args)
+    args.device = "hpu"
+    args.model = args.model or str(cli.BASE)
+    model, _ = cli.load(args)
+    found = {"model": args.model, "dtype": str(model.dtype), "operations": operations(model.device)}
+    found |= {"decoding": decoding(model, args.new_tokens), "training": trains(model)}
+    found["cpu_fallback"] = counts()["cpu_fallback"]
+    found["wrong"] = wrong(found)
+    print(json.dumps(found))
+    for line in found["wrong"]:
+        print(f"minichat: {line}", file=sys.stderr)
+    print(f"minichat: {'not as it should be' if found['wrong'] else 'all is well'}", file=sys.stderr)
+    if found["wrong"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)
