@@ -341,7 +341,7 @@ def speculation(model) -> dict:
     def rate(prompt: list[int], text: list[int], speculate: bool) -> float:
         head, model.lm_head = model.lm_head, Told(model.lm_head, prompt + text)
         steps = generation.decode(model, [prompt], len(text), generation.Sampling(), (), speculate)
-        times = [(time.perf_counter(), int(token)) for token in steps]
+        times = [(time.perf_counter(), token) for [token] in steps]
         model.lm_head = head
         if [token for _, token in times] != text:
             raise SystemExit("drafts changed the text")
