@@ -28,8 +28,8 @@ class KVCache:
         self.filled = 0  # columns written so far, as the host knows without asking the device
         rings = zeros(2 * layers, shape, device, dtype)
         self.k, self.v = rings[:layers], rings[layers:]
-        in_bytes = layers if dtype == torch.int8 else 0
-        self.scales = [zeros(2, shape[:3], device, torch.float32) for _ in range(in_bytes)]
+        scales = zeros(2 * layers, shape[:3], device, torch.float32) if dtype == torch.int8 else []
+        self.scales = [*zip(scales[:layers], scales[layers:])]
         self.positions = torch.full((batch, slots), -1, device=device)
         self.columns = torch.zeros((), device=device, dtype=torch.int64)  # the same, on the device
 

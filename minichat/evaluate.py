@@ -201,6 +201,7 @@ def main() -> None:
     group.add_argument("--beside", choices=[*PUBLISHED], help="a published model, whose card's numbers go beside these")
     group.add_argument("--json", action="store_true", help="one JSON object, with the answers, instead of a table")
     args = parser.parse_args()
+    cli.emulate(args)
     _check(args)
     args.model = args.model or cli.default_model("dpo", "sft")
 

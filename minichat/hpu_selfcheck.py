@@ -1,6 +1,6 @@
 """What a Gaudi's owner wants to know before a run: does minichat work here as it should?
 
-    python -m minichat.hpu_selfcheck                        # the embedded model, two minutes
+    python -m minichat.hpu_selfcheck                        # the embedded model
     python -m minichat.hpu_selfcheck --model mistralai/Mistral-7B-v0.1
 
 It decodes and trains, and says whether graphs are still compiled after each shape was seen, whether operations fell

@@ -330,7 +330,7 @@ def run(function, args: tuple, kwargs: dict):
     if stray is not None:
         raise RuntimeError(f"{name}: all tensors have to be on the device; one of {tuple(stray.shape)} is on the host")
     line = caller()
-    _check(name, args, flat)
+    _check(name, args)
     if not _is_known(function):
         RECORDER.advise(f"{name} {FALLBACK}")
     kwargs = {key: _PAYLOAD[0] if key == "device" else value for key, value in kwargs.items()}
@@ -355,7 +355,7 @@ def run(function, args: tuple, kwargs: dict):
     return tree_unflatten([wrapped(x) for x in outputs], out_spec)
 
 
-def _check(name: str, args: tuple, flat: list) -> None:
+def _check(name: str, args: tuple) -> None:
     """Tell what the device does badly, or not at all."""
     if name.startswith(DYNAMIC):
         RECORDER.sync(f"{name}: its shape follows from values")
@@ -419,8 +419,8 @@ _libraries = []  # registrations that last as long as these
 def install(payload: str = "cpu", newer: bool = True) -> Recorder:
     """Make "hpu" a device of this process; what will be known of its use. payload: "cpu", or "meta": shapes alone.
 
-    Before anything else runs backward: autograd counts the devices once. newer: hpu::convert_from_uint4 as releases
-    from 1.21 on have it. Raises BadInput if there is a real one, or this torch cannot have one in Python.
+    Before anything else runs backward: autograd counts the devices once. newer: hpu::convert_from_uint4 with the
+    argument that later releases gave it. Raises BadInput if there is a real one, or this torch cannot have one in Python.
     """
     if payload not in ("cpu", "meta"):
         raise BadInput(f"--emulate is {payload!r}; choose cpu, or meta: shapes alone")
@@ -432,8 +432,8 @@ def install(payload: str = "cpu", newer: bool = True) -> Recorder:
     try:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as setup
     except ImportError:
-        raise BadInput(f"--emulate needs a torch that takes devices written in Python; {torch.__version__} does not: "
-                       "pip install 'torch>=2.10'") from None  # fmt: skip
+        raise BadInput(f"--emulate needs a torch that takes devices written in Python, as 2.13 does; "
+                       f"{torch.__version__} does not: pip install 'torch>=2.13'") from None  # fmt: skip
     module = _Module("torch.hpu")
     setup(rename="hpu", backend_module=module)
     sys.modules["torch.hpu"] = module

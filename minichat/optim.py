@@ -92,19 +92,18 @@ class AdamW:
         return norm
 
     def _parts(self) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-        """(weight, gradient, moments) of some at a time, matrices apart from vectors."""
-        known = zip(self.masters, self.moments)
-        every = [(m.detach(), m.grad, *moments) for m, moments in known if m.grad is not None]
-        for of_dim in (lambda n: n > 1, lambda n: n <= 1):
-            part, size = [], 0
-            for one in (each for each in every if of_dim(each[0].dim())):
-                part.append(one)
-                size += one[0].numel()
-                if size >= PART:
-                    yield part
-                    part, size = [], 0
-            if part:
+        """(weight, gradient, moments) of some at a time, matrices apart from vectors: those do not decay."""
+        part, size = [], 0
+        for master, moments in sorted(zip(self.masters, self.moments), key=lambda known: known[0].dim() > 1):
+            if master.grad is None:
+                continue
+            if part and (size >= PART or (part[0][0].dim() > 1) != (master.dim() > 1)):
                 yield part
+                part, size = [], 0
+            part.append((master.detach(), master.grad, *moments))
+            size += master.numel()
+        if part:
+            yield part
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on: each weight in float32, and AdamW's moments and count of its steps."""
