@@ -420,7 +420,8 @@ def install(payload: str = "cpu", newer: bool = True) -> Recorder:
     """Make "hpu" a device of this process; what will be known of its use. payload: "cpu", or "meta": shapes alone.
 
     Before anything else runs backward: autograd counts the devices once. newer: hpu::convert_from_uint4 with the
-    argument that later releases gave it. Raises BadInput if there is a real one, or this torch cannot have one in Python.
+    argument that later releases gave it. Raises BadInput if there is a real one, or this torch cannot have one in
+    Python.
     """
     if payload not in ("cpu", "meta"):
         raise BadInput(f"--emulate is {payload!r}; choose cpu, or meta: shapes alone")
