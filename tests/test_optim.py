@@ -66,12 +66,13 @@ def test_adamw_is_torchs_step_for_step():
         ours.loss(step).backward()
         norm = optimizer.step(lr, max_norm=1.0)
         theirs.loss(step).backward()
-        assert norm == nn.utils.clip_grad_norm_([theirs.matrix, theirs.vector], 1.0)
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_([theirs.matrix, theirs.vector], 1.0))
         for group in expected.param_groups:
             group["lr"] = lr
         expected.step()
         expected.zero_grad()
-        assert torch.equal(ours.matrix, theirs.matrix) and torch.equal(ours.vector, theirs.vector)
+        # not bit for bit: with FMA or without it is the machine's choice, and not the same for one tensor and for several
+        torch.testing.assert_close([ours.matrix, ours.vector], [theirs.matrix, theirs.vector], rtol=1e-6, atol=1e-7)
     assert torch.equal(ours.frozen, torch.ones(3))
     assert all(p.grad is None for p in ours.parameters())
 
