@@ -71,7 +71,7 @@ def test_adamw_is_torchs_step_for_step():
             group["lr"] = lr
         expected.step()
         expected.zero_grad()
-        # not bit for bit: with FMA or without it is the machine's choice, and not the same for one tensor and for several
+        # not bit for bit: where FMA is used depends on the machine, and on how many tensors there are
         torch.testing.assert_close([ours.matrix, ours.vector], [theirs.matrix, theirs.vector], rtol=1e-6, atol=1e-7)
     assert torch.equal(ours.frozen, torch.ones(3))
     assert all(p.grad is None for p in ours.parameters())
