@@ -52,6 +52,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def quantises(device: torch.device) -> torch.device:
+    """Where weights for this device are quantised: there if it is quick at it, else on the host."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def holds_values(device: torch.device) -> bool:
     """Whether tensors there have values: not on an emulated device of shapes alone (lazy.py)."""
     emulated = sys.modules.get("minichat.lazy")

@@ -364,7 +364,8 @@ def _fill(model: Mistral, shards: Shards, where, dtype, packed, scheme, adapters
             tensor = exact if quantises else exact.to(dtype)
             worst = max(worst, rounding(exact, tensor))
         if quantises:
-            _put(model, owner_name, quant.Int4Linear.from_weight(tensor, scheme, where))
+            near = tensor.to(devices.quantises(where))
+            _put(model, owner_name, quant.Int4Linear.from_weight(near, scheme, where))
             devices.release_host_memory()
         else:
             setattr(owner, leaf, nn.Parameter(tensor.to(where, dtype), requires_grad=tensor.is_floating_point()))

@@ -26,7 +26,7 @@ LAYERS = [
         "lazy",
         "lazy_bridge",
     },
-    {"chat", "model", "int4", "fused", "plots"},
+    {"chat", "model", "int4", "fused", "fused_cuda", "plots"},
     {"examples", "weights", "generation"},
     {"data", "store", "checkpoint", "packed"},
     {"training"},
@@ -34,6 +34,8 @@ LAYERS = [
 ]
 # within a layer: who may import whom
 BESIDE = {
+    "fused": {"fused_cuda"},
+    "fused_cuda": {"int4"},
     "lazy": {"lazy_bridge"},
     "lazy_bridge": {"lazy"},
     "runs": {"cli", "assets"},
