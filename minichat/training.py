@@ -210,7 +210,7 @@ class _Pending:
 
     def read(self) -> dict[str, float]:
         """The newest step's, {} if there is none. Raises BadInput where one is not finite."""
-        found = [dict(zip(self.keys, row)) for row in self.readings.read()]
+        found = [dict(zip(self.keys, row)) for row in self.readings.read(len(self.steps))]
         for (step, names), means in zip(self.steps, found):
             if not math.isfinite(means["loss"]) or not math.isfinite(means["grad_norm"]):
                 shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
