@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
+import torch.nn.functional as F
 
 from minichat.errors import BadInput
 
@@ -28,7 +29,7 @@ def pick(name: str | torch.device | None = None) -> torch.device:
     name = "auto" if name is None else str(name)
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
+            return torch.device("cuda", _local(torch.cuda.current_device()))
         # a node of the Gaudi driver; asking the bridge itself would import it on every other machine
         if os.path.exists("/dev/accel/accel0") and _bridge(required=False):
             return torch.device("hpu")
@@ -42,9 +43,21 @@ def pick(name: str | torch.device | None = None) -> torch.device:
             raise BadInput(f"device {name!r} is not there: torch {torch.__version__} sees no GPU; try --device cpu")
         if int(index or 0) >= torch.cuda.device_count():
             raise BadInput(f"device {name!r} is not there: {torch.cuda.device_count()} GPU(s), numbered from 0")
+        return torch.device("cuda", _local(None) if index is None else int(index))
     if kind == "hpu":
         _bridge(required=True)
     return torch.device(name)
+
+
+def _local(alone: int | None) -> int | None:
+    """Which of this machine's cards is for this process, of those that torchrun starts; by itself: `alone`."""
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return int(os.environ.get("LOCAL_RANK") or 0) if several else alone
+
+
+def collective(device: torch.device) -> str:
+    """The backend of torch.distributed for tensors there."""
+    return {"cuda": "nccl", "hpu": "hccl"}.get(device.type, "gloo")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -127,6 +140,19 @@ class _CudaGraphs:
         self.pool = graph.pool()  # one for all: no two of them run at a time
         self.kinds[kind] += [graph, outputs]
         return [graph, outputs]
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Softmax(q k^T / sqrt(Hd)) v of (B, H, T, Hd) queries and (B, KvH, S, Hd) keys and values: (B, H, T, Hd).
+
+    mask (B or 1, 1, T, S): bool, or what is added to the scores; None is causal, T == S, without a window.
+    """
+    fused = sys.modules.get("habana_frameworks.torch.hpex.kernels") if q.device.type == "hpu" else None
+    if fused is None:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    # torch's own would hold all scores for backward there; with recompute, as here, nothing of that size is kept
+    return fused.FusedSDPA.apply(q, k, v, mask, 0.0, mask is None, None, "None", True)
 
 
 def generator(device: torch.device, seed: int | None = None) -> torch.Generator:
@@ -252,8 +278,13 @@ def _bridge(required: bool) -> bool:
     """Import Gaudi's PyTorch bridge; False, or BadInput if required, when no HPU is there."""
     try:
         import habana_frameworks.torch.core
-        import habana_frameworks.torch.hpu  # noqa: F401
+        import habana_frameworks.torch.hpu
 
+        if int(os.environ.get("WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+            # takes mpirun's environment too, and says which card this process has: before that is used
+            import habana_frameworks.torch.distributed.hccl
+        with suppress(ImportError):  # sdpa() does without
+            import habana_frameworks.torch.hpex.kernels  # noqa: F401
         there = torch.hpu.is_available()
         why = "torch.hpu.is_available() is False"
     except ImportError as error:

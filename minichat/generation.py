@@ -122,6 +122,9 @@ def decode(
     if speculate and (len(prompts) > 1 or sampling.temperature or sampling.repetition_penalty != 1):
         raise BadInput("speculation takes one prompt and the likeliest tokens: --batch-size 1, --temperature 0")
     where = model.device
+    if speculate and device.padding(where):
+        raise BadInput(f"speculation checks as many tokens as it guesses, and {where.type} compiles every number anew; "
+                       "leave --speculate out")  # fmt: skip
     ids, positions = _padded(prompts, where)
     B, columns = len(ids), max(map(len, prompts)) + max_new_tokens  # padding needs no slot: the ring drops it first
     dtype = kv or (torch.bfloat16 if fused.fits(model) else model.dtype)
@@ -192,6 +195,38 @@ def _padded(prompts: Sequence[Sequence[int]], where: torch.device) -> tuple[Tens
         ids[row, T - len(prompt) :] = torch.tensor(prompt)
         positions[row, T - len(prompt) :] = torch.arange(len(prompt))
     return ids, positions
+
+
+def warm_up(
+    model: nn.Module,
+    rows: int,
+    longest: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    kv: torch.dtype | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Run all shapes that answers to `rows` prompts of up to `longest` tokens take, where each has to be compiled, so
+    that nobody waits for it later; the other arguments are decode's. tell: gets a line for each.
+    """
+    where = model.device
+    if device.padding(where) is None:
+        return
+    known, lengths = set(), []
+    for length in [*range(128, longest, 128), longest]:
+        B, T = _padded([[0] * length] * rows, where)[0].shape
+        slots = device.cache_slots(length + max_new_tokens, B, where)
+        slots = min(slots, model.config.sliding_window or slots)
+        shapes = {(min(PREFILL_CHUNK, T - start), slots) for start in range(0, T, PREFILL_CHUNK)}
+        if shapes - known:
+            lengths.append(length)
+        known |= shapes
+    for i, length in enumerate(lengths):
+        tell(f"warming up, {i + 1} of {len(lengths)}: prompts of {length} tokens")
+        steps = decode(model, [[0] * length] * rows, max_new_tokens, sampling, stop_ids, kv=kv)
+        next(steps)
+        steps.close()
 
 
 def _with_drafts(
@@ -299,6 +334,13 @@ class Answer:
         return (len(self.ids) - 1) / max(1e-9, self.seconds - self.first_token_seconds)
 
 
+def all_stops(tokenizer: Tokenizer, stop: Sequence[str], stop_ids: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's, or others in their place, and those of special tokens in `stop`."""
+    # a special token has no text in the answer: as a stop string it is its id
+    special = [id for text in stop if (id := tokenizer.special_id(text)) is not None]
+    return (*(tokenizer.stop_ids if stop_ids is None else stop_ids), *special)
+
+
 def answer(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -312,9 +354,7 @@ def answer(
     kv: torch.dtype | None = None,
 ) -> list[Answer]:
     """Texts for prompts, streamed: on_text(row, piece) gets whole characters, never a part of a stop string."""
-    # a special token has no text in the answer: as a stop string it is its id
-    special = [id for text in stop if (id := tokenizer.special_id(text)) is not None]
-    stops = (*(tokenizer.stop_ids if stop_ids is None else stop_ids), *special)
+    stops = all_stops(tokenizer, stop, stop_ids)
     rows = range(len(prompts))
     streams = [TextStream(tokenizer, list(stop)) for _ in rows]
     ids: list[list[int]] = [[] for _ in rows]

@@ -4,6 +4,7 @@ Names, arguments and defaults are those of Gaudi's bridge 1.19; what they comput
 """
 
 import copy
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+from torch.utils.checkpoint import checkpoint
 
 from minichat import lazy
 
@@ -146,7 +148,12 @@ class FusedSDPA:
               return_attn_probs=False):  # fmt: skip
         """(B, H, T, Hd) queries, (B, KvH, S, Hd) keys and values; KvH may be a part of H."""
         grouped = q.dim() == 4 and q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
+        plain = functools.partial(
+            F.scaled_dot_product_attention, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )
+        if recompute_mode and torch.is_grad_enabled():  # backward makes the scores again instead of keeping them
+            return checkpoint(plain, q, k, v, attn_mask, use_reentrant=False, preserve_rng_state=bool(dropout_p))
+        return plain(q, k, v, attn_mask)
 
 
 class FusedRMSNorm:

@@ -283,6 +283,24 @@ found()""",
     assert len(found["runs"]) > 40 * 4 and found["graphs"] == 6, found["report"]
 
 
+def test_after_warm_up_nothing_is_compiled():
+    """Of a window of 600: caches of 512 and 600 slots; 7 rows are filled up to 8."""
+    found = emulated(
+        """
+model, said = make(hpu, window=600, layers=1), []
+settings = dict(max_new_tokens=20, sampling=generation.Sampling(0.7, 5, seed=1), stop_ids=[2, 3])
+generation.warm_up(model, 7, 900, **settings, tell=said.append)
+known = len(R.graphs)
+for lengths in ([3], [100, 8], [200, 1], [400], [500, 20, 3], [513, 4], [700], [900, 900, 899]):
+    list(generation.decode(model, [[5] * n for n in lengths] + [[6]] * (7 - len(lengths)), **settings))
+found(new=len(R.graphs) - known, said=said)""",
+        "meta",
+    )
+    assert found["new"] == 0, found["report"]
+    assert found["said"] == [f"warming up, {i} of 6: prompts of {n} tokens"
+                             for i, n in enumerate((128, 256, 384, 512, 640, 768), 1)]  # fmt: skip
+
+
 TRAIN = """
 from minichat.examples import Example, Pair
 import pathlib, tempfile
