@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from minichat import device, distributed, files
 from minichat.errors import BadInput
@@ -68,14 +68,16 @@ class Checkpoints:
     def save(self, step: int, model: nn.Module, optimizer: AdamW, metrics: Metrics, record: dict) -> None:
         """Write step-N and delete what is not kept. Raises BadInput, and leaves all as it was, if it fails.
 
-        Of several processes the first one writes, and all have to call it.
+        Of several processes the first one writes; all have to call it, and it is there when it returns.
         """
         random = distributed.gathered(device.random_state(model.device))
         target = self.folder / FOLDER / f"step-{step}"
-        if distributed.rank() or target.exists():
-            return
-        random = {f"{_random(rank)}{key}": value for rank, each in enumerate(random) for key, value in each.items()}
-        tensors = {**optimizer.state(), **random}
+        with distributed.first_alone():
+            if distributed.rank() == 0 and not target.exists():
+                random = {f"{_random(rank)}{key}": value for rank, of in enumerate(random) for key, value in of.items()}
+                self._write(target, {**optimizer.state(), **random}, step, metrics, record)
+
+    def _write(self, target: Path, tensors: dict[str, Tensor], step: int, metrics: Metrics, record: dict) -> None:
         with files.appearing(target) as new:
             self.save_model(new)
             files.write_tensors({key: value.cpu().contiguous() for key, value in tensors.items()}, new / TENSORS)

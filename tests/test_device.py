@@ -81,6 +81,27 @@ def test_missing_devices_say_what_to_do(monkeypatch):
             device.pick(name)
 
 
+def test_each_of_several_processes_has_a_card(bridge, monkeypatch):
+    """By torchrun's environment on CUDA; on an HPU the bridge's own module sees to it, and takes mpirun's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (device.pick("cuda"), device.pick("auto")) == (torch.device("cuda"), torch.device("cuda:0"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert device.pick("cuda") == device.pick("auto") == torch.device("cuda:1")
+    assert device.pick("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(BadInput, match="habana_frameworks.torch.distributed"):
+        device.pick("hpu")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert device.pick("hpu") == HPU
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    for name in (".torch.distributed", ".torch.distributed.hccl"):
+        monkeypatch.setitem(sys.modules, "habana_frameworks" + name, types.ModuleType("stub"))
+    assert device.pick("hpu") == HPU
+    assert [device.collective(where) for where in (CPU, CUDA, HPU)] == ["gloo", "nccl", "hccl"]
+
+
 def test_hpu_calls_are_the_bridges(bridge, monkeypatch):
     assert device.pick("hpu") == HPU
     for where in (CPU, CUDA, HPU):

@@ -26,7 +26,7 @@ LAYERS = [
         "lazy",
         "lazy_bridge",
     },
-    {"chat", "model", "int4", "fused", "plots"},
+    {"chat", "model", "int4", "fused", "plots", "distributed"},
     {"examples", "weights", "generation"},
     {"data", "store", "checkpoint", "packed"},
     {"training"},
