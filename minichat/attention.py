@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from minichat.device import sdpa
 
 QUERY_BLOCK = 512  # queries at a time where there are more: bounds the mask and the scores
 
@@ -128,8 +129,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if KvH != H and mask is not None and T <= 16:
         G = H // KvH
         rows = mask.expand(-1, G, -1, -1).reshape(mask.shape[0], 1, G * T, -1)
-        return F.scaled_dot_product_attention(q.reshape(B, KvH, G * T, Hd), k, v, attn_mask=rows).view(B, H, T, Hd)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=KvH != H)
+        return sdpa(q.reshape(B, KvH, G * T, Hd), k, v, rows).view(B, H, T, Hd)
+    return sdpa(q, k, v, mask)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ class KVCache:
         shape = (batch, config.num_key_value_heads, slots, config.head_dim)
         layers = config.num_hidden_layers
         self.slots, self.device = slots, device
-        self.filled = 0  # columns written so far, as the host knows without asking the device
+        self.filled = 0  # columns written so far, as the host knows without asking; not those of a graph's replays
         rings = zeros(2 * layers, shape, device, dtype)
         self.k, self.v = rings[:layers], rings[layers:]
         scales = zeros(2 * layers, shape[:3], device, torch.float32) if dtype == torch.int8 else []
@@ -41,8 +41,8 @@ class KVCache:
         (S <= slots + T) and written afterwards.
         """
         T = positions.shape[1]
-        self._old = reach(self.filled, self.slots, self.device)
-        self._new = reach(self.filled + T, self.slots, self.device)
+        self._old = reach(self.filled, T, self.slots, self.device)
+        self._new = reach(self.filled + T, T, self.slots, self.device)
         seen = None if T == 1 else torch.cat([self.positions[:, : self._old], positions], dim=1)
         # only the last `slots` columns survive; T and slots are shapes, so this is no new graph
         self._kept = min(T, self.slots)

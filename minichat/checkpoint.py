@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from minichat import device, files
+from minichat import device, distributed, files
 from minichat.errors import BadInput
 from minichat.metrics import Metrics, show
 from minichat.optim import AdamW
@@ -48,11 +48,17 @@ class Checkpoints:
     save_model: Callable[[Path], None]
     every: int = 0
     keep: int = 2
-    asked: int | None = None  # the signal that asks the run to stop
+    asked: int | None = None  # the signal that asks the run to stop, as all processes know it
+    caught: int = 0  # the signal that this one has got
 
     def due(self, step: int, record: dict) -> bool:
-        """Whether to save now. record: what the step has logged, eval_loss among it where it was evaluated."""
-        return bool(self.asked or self.every and (step % self.every == 0 or self._is_best(record)))
+        """Whether to save now. record: what the step has logged, eval_loss among it where it was evaluated.
+
+        Of several processes the first one decides, and any may have been asked to stop.
+        """
+        self.asked = distributed.largest(self.caught) or None
+        first = distributed.rank() == 0 and self.every and (step % self.every == 0 or self._is_best(record))
+        return bool(distributed.largest(bool(self.asked or first)))
 
     def _is_best(self, record: dict) -> bool:
         known = [known["eval_loss"] for _, known in read(self.folder) if known["eval_loss"] is not None]
@@ -60,11 +66,18 @@ class Checkpoints:
         return math.isfinite(loss) and all(loss < other for other in known)
 
     def save(self, step: int, model: nn.Module, optimizer: AdamW, metrics: Metrics, record: dict) -> None:
-        """Write step-N and delete what is not kept. Raises BadInput, and leaves all as it was, if it fails."""
+        """Write step-N and delete what is not kept. Raises BadInput, and leaves all as it was, if it fails.
+
+        Of several processes the first one writes; all have to call it, and it is there when it returns.
+        """
+        random = distributed.gathered(device.random_state(model.device))
         target = self.folder / FOLDER / f"step-{step}"
-        if target.exists():
-            return
-        tensors = {**optimizer.state(), **{f"random.{k}": v for k, v in device.random_state(model.device).items()}}
+        with distributed.first_alone():
+            if distributed.rank() == 0 and not target.exists():
+                random = {f"{_random(rank)}{key}": value for rank, of in enumerate(random) for key, value in of.items()}
+                self._write(target, {**optimizer.state(), **random}, step, metrics, record)
+
+    def _write(self, target: Path, tensors: dict[str, Tensor], step: int, metrics: Metrics, record: dict) -> None:
         with files.appearing(target) as new:
             self.save_model(new)
             files.write_tensors({key: value.cpu().contiguous() for key, value in tensors.items()}, new / TENSORS)
@@ -85,7 +98,8 @@ class Checkpoints:
         try:
             tensors = files.read_tensors(path / TENSORS)
             optimizer.load_state(tensors)
-            random = {key.removeprefix("random."): value for key, value in tensors.items() if key.startswith("random.")}
+            own = _random(distributed.rank())
+            random = {key.removeprefix(own): value for key, value in tensors.items() if key.startswith(own)}
             device.set_random_state(model.device, random)
             metrics.rewind(known["metrics"], known["step"])
         except (BadInput, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -110,7 +124,7 @@ class Checkpoints:
         old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def ask(number: int, _frame) -> None:
-            self.asked = number
+            self.caught = number
             restore()
             show("\nminichat: stopping after this step, and saving; once more stops at once")
 
@@ -125,6 +139,11 @@ class Checkpoints:
             yield
         finally:
             restore()
+
+
+def _random(rank: int) -> str:
+    """How the names of a process's random generators begin."""
+    return f"random{rank or ''}."
 
 
 def read(folder: Path) -> list[tuple[Path, dict]]:

@@ -201,7 +201,7 @@ def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_si
                        "0: at the end only")  # fmt: skip
     group = parser.add_argument_group("optimiser (AdamW)")
     group.add_argument("--batch-size", type=int, default=batch_size, help="sequences or pairs in a micro-batch")
-    group.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
+    group.add_argument("--accumulate", type=int, default=1, help="micro-batches per step (of each process)")
     group.add_argument("--lr", type=float, default=lr, help="peak learning rate")
     group.add_argument("--schedule", choices=["cosine", "linear", "constant"], default="cosine", help="after warm-up")
     group.add_argument("--warmup", type=float, default=warmup, metavar="STEPS", help="steps, or below 1 a share of all "
@@ -275,6 +275,8 @@ def check_run_folder(args: argparse.Namespace) -> None:
         print(f"minichat: the run in {args.out} is done: nothing to resume; train further: --model {args.out} "
               "--out ANOTHER", file=sys.stderr)  # fmt: skip
         sys.exit(0)
+    if int(os.environ.get("RANK") or 0):  # of several processes the first one looks, and may have begun already
+        return
     if is_run and not (args.overwrite or args.resume):
         raise BadInput(
             f"--out {args.out} holds a run already; choose another folder, --overwrite, or --resume if it was stopped"

@@ -30,6 +30,7 @@ class Talk:
         self.template = chat.template_text(args.template, tokenizer)
         self.stop_ids, stop = chat.stops(self.template, tokenizer)
         self.stop = [*(args.stop or ()), *stop]
+        self.kv = torch.int8 if args.kv_cache == "int8" else None
         say(describe(model))
 
     def ids(self, messages: list[dict]) -> list[int]:
@@ -54,7 +55,7 @@ class Talk:
         new = self.args.max_new_tokens
         return generation.answer(
             self.model, self.tokenizer, prompts, new, self.sampling, self.stop, self.stop_ids, on_text,
-            self.args.speculate, torch.int8 if self.args.kv_cache == "int8" else None,
+            self.args.speculate, self.kv,
         )  # fmt: skip
 
     def answers(self, prompts: list[tuple[str, str]]) -> None:
@@ -108,6 +109,8 @@ class Talk:
         if sys.stdin.isatty() and sys.stdout.isatty():
             with contextlib.suppress(ImportError):  # not everywhere
                 import readline  # noqa: F401  input() then has arrow keys and remembers lines
+        new, stops = self.args.max_new_tokens, generation.all_stops(self.tokenizer, self.stop, self.stop_ids)
+        generation.warm_up(self.model, 1, max(1, self.limit - new), new, self.sampling, stops, self.kv, say)
         say(f"Ctrl-C ends an answer, Ctrl-D the conversation; {COMMANDS}")
         history: list[dict] = []
         while True:

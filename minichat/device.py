@@ -10,10 +10,11 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import torch
+import torch.nn.functional as F
 
 from minichat.errors import BadInput
 
@@ -28,7 +29,7 @@ def pick(name: str | torch.device | None = None) -> torch.device:
     name = "auto" if name is None else str(name)
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
+            return torch.device("cuda", _local(torch.cuda.current_device()))
         # a node of the Gaudi driver; asking the bridge itself would import it on every other machine
         if os.path.exists("/dev/accel/accel0") and _bridge(required=False):
             return torch.device("hpu")
@@ -42,9 +43,21 @@ def pick(name: str | torch.device | None = None) -> torch.device:
             raise BadInput(f"device {name!r} is not there: torch {torch.__version__} sees no GPU; try --device cpu")
         if int(index or 0) >= torch.cuda.device_count():
             raise BadInput(f"device {name!r} is not there: {torch.cuda.device_count()} GPU(s), numbered from 0")
+        return torch.device("cuda", _local(None) if index is None else int(index))
     if kind == "hpu":
         _bridge(required=True)
     return torch.device(name)
+
+
+def _local(alone: int | None) -> int | None:
+    """Which of this machine's cards is for this process, of those that torchrun starts; by itself: `alone`."""
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return int(os.environ.get("LOCAL_RANK") or 0) if several else alone
+
+
+def collective(device: torch.device) -> str:
+    """The backend of torch.distributed for tensors there."""
+    return {"cuda": "nccl", "hpu": "hccl"}.get(device.type, "gloo")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -67,6 +80,92 @@ def mark_step(device: torch.device) -> None:
     """End a lazy graph: after backward, after the optimiser's step, once per decoded token. Nothing elsewhere."""
     if device.type == "hpu":
         sys.modules["habana_frameworks.torch.core"].mark_step()
+
+
+def graph(function: Callable, device: torch.device, generators: Sequence[torch.Generator] = ()) -> Callable:
+    """`function`, recorded once and then replayed as a graph of the device: the host starts it by one call.
+
+    It takes tensors of the device and gives a tensor, several, or None. Where it is to run on every device:
+
+    - Inputs are copied into the graph's own, and their shapes and dtypes say which graph is meant. A new kind of input
+      is run as it is the first time, and recorded then or at the second.
+    - Whatever else it reads and writes has to stay where it is: what changes from call to call changes in place.
+    - Its Python runs while it is recorded and not again: it neither reads values nor keeps count on the host.
+    - What it gave may be overwritten by the next call: clone what is to outlive that.
+
+    generators: those that it draws from, which then go on as if it had been run. On the CPU it is the function itself.
+    """
+    if device.type == "cuda":
+        return _CudaGraphs(function, device, generators)
+    if device.type == "hpu":
+        wrap = getattr(sys.modules["habana_frameworks.torch.hpu"], "wrap_in_hpu_graph", None)
+        if wrap is not None:  # in lazy mode alone
+            module = torch.nn.Module()
+            module.forward = function
+            return wrap(module)
+    return function
+
+
+class _CudaGraphs:
+    """graph() on CUDA: a graph for each kind of inputs."""
+
+    def __init__(self, function: Callable, device: torch.device, generators: Sequence[torch.Generator]):
+        self.function, self.device, self.generators = function, device, generators
+        self.stream, self.pool = torch.cuda.Stream(device), None
+        self.kinds: dict[tuple, list] = {}  # static inputs, and once it is recorded the graph and its outputs
+
+    def __call__(self, *inputs: torch.Tensor):
+        kind = tuple((x.shape, x.dtype) for x in inputs)
+        if kind not in self.kinds:
+            return self._first(kind, inputs)
+        static, *recorded = self.kinds[kind]
+        for to, new in zip(static, inputs):
+            to.copy_(new)
+        graph, outputs = recorded or self._record(kind)
+        graph.replay()
+        return outputs
+
+    def _first(self, kind: tuple, inputs: Sequence[torch.Tensor]):
+        """Run it as it is, on the stream that will record it: libraries set themselves up, kernels are compiled."""
+        static = [x.clone() for x in inputs]
+        self.kinds[kind] = [static]
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            outputs = self.function(*static)
+        current.wait_stream(self.stream)
+        return outputs
+
+    def _record(self, kind: tuple) -> list:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            outputs = self.function(*self.kinds[kind][0])
+        self.pool = graph.pool()  # one for all: no two of them run at a time
+        self.kinds[kind] += [graph, outputs]
+        return [graph, outputs]
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Softmax(q k^T / sqrt(Hd)) v of (B, H, T, Hd) queries and (B, KvH, S, Hd) keys and values: (B, H, T, Hd).
+
+    mask (B or 1, 1, T, S): bool, or what is added to the scores; None is causal, T == S, without a window.
+    """
+    fused = sys.modules.get("habana_frameworks.torch.hpex.kernels") if q.device.type == "hpu" else None
+    if fused is None:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    # torch's own would hold all scores for backward there; with recompute, as here, nothing of that size is kept
+    return fused.FusedSDPA.apply(q, k, v, mask, 0.0, mask is None, None, "None", True)
+
+
+def generator(device: torch.device, seed: int | None = None) -> torch.Generator:
+    """A source of random numbers for tensors there; without a seed another one every time."""
+    # Gaudi's bridge has none of its own: it draws the seeds of its kernels from one of the host's
+    made = torch.Generator("cpu" if device.type == "hpu" else device)
+    made.seed() if seed is None else made.manual_seed(seed)
+    return made
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -152,9 +251,27 @@ def bucket(length: int, device: torch.device) -> int:
     return size
 
 
-def reach(filled: int, slots: int, device: torch.device) -> int:
-    """How many of a cache's slots attention reads when `filled` have been written: all where shapes have to stay."""
-    return slots if device.type == "hpu" else min(slots, bucket(filled, device))
+def rows(count: int, device: torch.device) -> int:
+    """How many rows a batch of `count` prompts gets: powers of two where a new shape is a new graph to compile."""
+    return 1 << (count - 1).bit_length() if device.type == "hpu" else count
+
+
+def cache_slots(columns: int, rows: int, device: torch.device) -> int:
+    """The slots of a cache for so many columns of a batch.
+
+    On an HPU, where each size is compiled anew, 4,096 in all rows together at the least: to read them costs a 7B in
+    bf16 four per cent of reading its weights.
+    """
+    return bucket(max(columns, 4096 // rows), device) if device.type == "hpu" else bucket(columns, device)
+
+
+def reach(filled: int, columns: int, slots: int, device: torch.device) -> int:
+    """How many of a cache's slots attention reads for `columns` queries when `filled` are written.
+
+    All where shapes have to stay: on an HPU, and on CUDA for a single column, which a graph is recorded of.
+    """
+    stays = device.type == "hpu" or (device.type == "cuda" and columns == 1)
+    return slots if stays else min(slots, bucket(filled, device))
 
 
 def tokens_between_syncs(device: torch.device) -> int:
@@ -165,8 +282,14 @@ def tokens_between_syncs(device: torch.device) -> int:
 def _bridge(required: bool) -> bool:
     """Import Gaudi's PyTorch bridge; False, or BadInput if required, when no HPU is there."""
     try:
-        import habana_frameworks.torch.core  # noqa: F401
+        import habana_frameworks.torch.core
+        import habana_frameworks.torch.hpu
 
+        if int(os.environ.get("WORLD_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+            # takes mpirun's environment too, and says which card this process has: before that is used
+            import habana_frameworks.torch.distributed.hccl
+        with suppress(ImportError):  # sdpa() does without
+            import habana_frameworks.torch.hpex.kernels  # noqa: F401
         there = torch.hpu.is_available()
         why = "torch.hpu.is_available() is False"
     except ImportError as error:

@@ -87,13 +87,17 @@ def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 
 
 
 def prefill(model: nn.Module, forward: fused.Forward, ids: Tensor, positions: Tensor) -> Tensor:
-    """Read (B, T) prompts, padded on the left, into the cache of `forward`; the last column's (B, V) logits."""
+    """Read (B, T) prompts, padded on the left, into the cache of `forward`; the last column's (B, V) logits.
+
+    ids and positions are on the host, and go to the device chunk by chunk: cut there, each would be another graph.
+    """
     few = max(1, fused.MOST_TOKENS // len(ids))
     size = few if isinstance(forward, fused.CpuStep) else PREFILL_CHUNK
     for part in zip(ids.split(size, dim=1), positions.split(size, dim=1)):
-        hidden = forward(*part)
-        device.mark_step(ids.device)
-    return model.lm_head(hidden[:, -1])
+        hidden = forward(*(x.contiguous().to(model.device) for x in part))
+        last = hidden[:, -1].clone(memory_format=torch.contiguous_format)  # no view: what follows is one graph for all
+        device.mark_step(model.device)
+    return model.lm_head(last)
 
 
 @torch.inference_mode()
@@ -118,57 +122,111 @@ def decode(
     if speculate and (len(prompts) > 1 or sampling.temperature or sampling.repetition_penalty != 1):
         raise BadInput("speculation takes one prompt and the likeliest tokens: --batch-size 1, --temperature 0")
     where = model.device
-    B, longest = len(prompts), max(map(len, prompts))
-    T = device.bucket(longest, where)
-    ids = torch.zeros(B, T, dtype=torch.int64)
-    positions = torch.full((B, T), -1)
-    for row, prompt in enumerate(prompts):
-        ids[row, T - len(prompt) :] = torch.tensor(prompt)
-        positions[row, T - len(prompt) :] = torch.arange(len(prompt))
-    ids, positions = ids.to(where), positions.to(where)
+    if speculate and device.padding(where):
+        raise BadInput(f"speculation checks as many tokens as it guesses, and {where.type} compiles every number anew; "
+                       "leave --speculate out")  # fmt: skip
+    ids, positions = _padded(prompts, where)
+    B, columns = len(ids), max(map(len, prompts)) + max_new_tokens  # padding needs no slot: the ring drops it first
     dtype = kv or (torch.bfloat16 if fused.fits(model) else model.dtype)
     spare = speculation.MOST if speculate else 0
-    cache = KVCache(model.config, B, T + device.bucket(max_new_tokens, where), where, dtype, spare)
-    position = positions[:, -1:] + 1
-    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=where)
-    done = torch.zeros(B, dtype=torch.bool, device=where)
-    generator = torch.Generator(where)
-    generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
+    cache = KVCache(model.config, B, device.cache_slots(columns, B, where), where, dtype, spare)
+    forward = fused.decoder(model, cache)
+    if speculate:
+        drafter = speculation.Drafter(list(prompts[0]))
+        logits = prefill(model, forward, ids, positions)
+        yield from _with_drafts(model, forward, cache, logits, drafter, max_new_tokens, set(stop_ids))
+        return
+
+    # all that changes from token to token: on the device, and in place, so that a step is one and the same graph
+    token = torch.zeros(B, dtype=torch.int64, device=where)
+    position = (positions[:, -1:] + 1).to(where)
+    done = (positions[:, -1] < 0).to(where)  # rows that are padding
+    stops = torch.tensor(list(stop_ids), dtype=torch.int64).to(where)
+    generator = device.generator(where, sampling.seed)
     seen = None
     if sampling.repetition_penalty != 1:
         seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             seen[row, list(prompt)] = True
         seen = seen.to(where)
-
     every = device.tokens_between_syncs(where)
     readings = Readings(every, B, where, torch.int64)
-    token = torch.zeros(B, dtype=torch.int64, device=where)
-    forward = fused.decoder(model, cache)
-    device.mark_step(where)  # what is above is a graph of its own, not a part of the first
-    logits = prefill(model, forward, ids, positions)
-    if speculate:
-        drafter = speculation.Drafter(list(prompts[0]))
-        yield from _with_drafts(model, forward, cache, logits, drafter, max_new_tokens, set(stop_ids))
-        return
-    stopped = [False] * B
-    for step in range(max_new_tokens):
-        if step:
-            logits = model.lm_head(forward(token[:, None], position))[:, -1]
-            position.add_(1)
-        token = torch.where(done, token, sample(logits, sampling, seen, generator))
+
+    def choose(logits: Tensor) -> None:
+        token.copy_(torch.where(done, token, sample(logits, sampling, seen, generator)))
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
         if len(stops):
-            done = done | (token[:, None] == stops).any(dim=1)
+            done.logical_or_((token[:, None] == stops).any(dim=1))
         readings.put(token)
+
+    def advance() -> None:
+        logits = model.lm_head(forward(token[:, None], position))[:, -1]
+        position.add_(1)
+        choose(logits)
+
+    step = device.graph(advance, where, [generator])
+    device.mark_step(where)  # what is above is a graph of its own, not a part of the first
+    choose(prefill(model, forward, ids, positions))
+    stopped, unread = [False] * len(prompts), 0
+    for made in range(1, max_new_tokens + 1):
+        if made > 1:
+            step()
         device.mark_step(where)
-        if readings.unread == every or step + 1 == max_new_tokens:
-            for tokens in readings.read():
+        unread += 1
+        if unread == every or made == max_new_tokens:
+            for tokens in readings.read(unread):
+                tokens = tokens[: len(prompts)]
                 yield tokens
                 stopped = [was or one in stop_ids for was, one in zip(stopped, tokens)]
                 if all(stopped):
                     return
+            unread = 0
+
+
+def _padded(prompts: Sequence[Sequence[int]], where: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and positions of prompts, (B, T) on the host: padded on the left, to few shapes where those are dear."""
+    longest = max(map(len, prompts))
+    whole = longest // PREFILL_CHUNK * PREFILL_CHUNK  # chunks are alike but for one
+    T = whole if whole == longest else whole + device.bucket(longest - whole, where)
+    B = device.rows(len(prompts), where)
+    ids, positions = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)
+    for row, prompt in enumerate(prompts):
+        ids[row, T - len(prompt) :] = torch.tensor(prompt)
+        positions[row, T - len(prompt) :] = torch.arange(len(prompt))
+    return ids, positions
+
+
+def warm_up(
+    model: nn.Module,
+    rows: int,
+    longest: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+    kv: torch.dtype | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Run all shapes that answers to `rows` prompts of up to `longest` tokens take, where each has to be compiled, so
+    that nobody waits for it later; the other arguments are decode's. tell: gets a line for each.
+    """
+    where = model.device
+    if device.padding(where) is None:
+        return
+    known, lengths = set(), []
+    for length in [*range(128, longest, 128), longest]:
+        B, T = _padded([[0] * length] * rows, where)[0].shape
+        slots = device.cache_slots(length + max_new_tokens, B, where)
+        slots = min(slots, model.config.sliding_window or slots)
+        shapes = {(min(PREFILL_CHUNK, T - start), slots) for start in range(0, T, PREFILL_CHUNK)}
+        if shapes - known:
+            lengths.append(length)
+        known |= shapes
+    for i, length in enumerate(lengths):
+        tell(f"warming up, {i + 1} of {len(lengths)}: prompts of {length} tokens")
+        steps = decode(model, [[0] * length] * rows, max_new_tokens, sampling, stop_ids, kv=kv)
+        next(steps)
+        steps.close()
 
 
 def _with_drafts(
@@ -276,6 +334,13 @@ class Answer:
         return (len(self.ids) - 1) / max(1e-9, self.seconds - self.first_token_seconds)
 
 
+def all_stops(tokenizer: Tokenizer, stop: Sequence[str], stop_ids: Sequence[int] | None = None) -> tuple[int, ...]:
+    """The ids that end an answer: the tokenizer's, or others in their place, and those of special tokens in `stop`."""
+    # a special token has no text in the answer: as a stop string it is its id
+    special = [id for text in stop if (id := tokenizer.special_id(text)) is not None]
+    return (*(tokenizer.stop_ids if stop_ids is None else stop_ids), *special)
+
+
 def answer(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -289,9 +354,7 @@ def answer(
     kv: torch.dtype | None = None,
 ) -> list[Answer]:
     """Texts for prompts, streamed: on_text(row, piece) gets whole characters, never a part of a stop string."""
-    # a special token has no text in the answer: as a stop string it is its id
-    special = [id for text in stop if (id := tokenizer.special_id(text)) is not None]
-    stops = (*(tokenizer.stop_ids if stop_ids is None else stop_ids), *special)
+    stops = all_stops(tokenizer, stop, stop_ids)
     rows = range(len(prompts))
     streams = [TextStream(tokenizer, list(stop)) for _ in rows]
     ids: list[list[int]] = [[] for _ in rows]

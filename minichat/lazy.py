@@ -81,6 +81,7 @@ class Recorder:
         self._nodes, self._lines, self._numbers = [], [], {}
         self._outputs: list[weakref.ref] = []
         self._id_dtype = None
+        self.tape: list[tuple] | None = None  # of the HPU graph that is being recorded: what replay() takes
 
     def reset(self) -> None:
         """Forget what was so far, but not what lives on the device."""
@@ -111,14 +112,30 @@ class Recorder:
             self.runs.append(name)
         self._nodes, self._lines, self._numbers, self._outputs = [], [], {}, []
 
+    def again(self, names: Sequence[str]) -> None:
+        """Graphs that ran before run once more."""
+        for name in names:
+            self.graphs[name].runs += 1
+            self.runs.append(name)
+
     def mark(self) -> None:
         self.end(caller())
         self.steps += 1
 
     def sync(self, what: str) -> None:
+        if self.tape is not None:
+            raise RuntimeError(f"{what} is not supported during HPU Graph capturing")
         line = caller()
         self.syncs[what, line] += 1
         self.end(f"{line} (waits)")
+
+    def upload(self) -> str:
+        """Values of the host's come to the device, beside the graph; the line that asked for them."""
+        line = caller()
+        self.uploads[line] += 1
+        if self.tape is not None:
+            self.advise("a copy from the host in an HPU graph: replays keep the values of this time")
+        return line
 
     def advise(self, what: str) -> None:
         self.advice[what, caller()] += 1
@@ -250,12 +267,13 @@ def _on_hpu(device) -> bool:
 def _described(x):
     """An argument as the graph's hash sees it: tensors by what they are, Python numbers by their value."""
     if isinstance(x, LazyTensor):
-        return RECORDER.number(x), tuple(x.shape), x.stride(), x.dtype
+        strides = tuple(stride for stride, size in zip(x.stride(), x.shape) if size > 1)  # the others say nothing
+        return RECORDER.number(x), tuple(x.shape), strides, x.dtype
     if isinstance(x, Tensor):
         return "host", tuple(x.shape), x.dtype
     if isinstance(x, (list, tuple)):
         return tuple(_described(one) for one in x)
-    if isinstance(x, _GeneratorType.original):
+    if isinstance(x, torch.Generator):
         return "generator"
     return x
 
@@ -268,8 +286,7 @@ def _read(tensor: "LazyTensor") -> Tensor:
 
 def _uploaded(tensor: Tensor) -> LazyTensor:
     """A tensor of the host's on the device, in a copy of its own."""
-    line = caller()
-    RECORDER.uploads[line] += 1
+    line = RECORDER.upload()
     if _PAYLOAD[0] == "meta":
         payload = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
     else:
@@ -317,7 +334,7 @@ def run(function, args: tuple, kwargs: dict):
             RECORDER.sync("a copy to the host")
             return to.copy_(_read(source))
         if not isinstance(source, LazyTensor):  # goes beside the graph
-            RECORDER.uploads[caller()] += 1
+            RECORDER.upload()
             to.payload.copy_(source if not to.payload.is_meta else source.to("meta"))
             return to
         function, args, kwargs = aten.copy_.default, (to, source), {}
@@ -344,6 +361,8 @@ def run(function, args: tuple, kwargs: dict):
     if _PAYLOAD[0] == "meta":
         kwargs_.pop("generator", None)
     found = function(*args_, **kwargs_)
+    if RECORDER.tape is not None:
+        RECORDER.tape.append((function, args_, kwargs_, found))
     same = {id(p): x for p, x in zip(plain, flat) if isinstance(x, LazyTensor)}  # in place, or out=
 
     def wrapped(x):
@@ -402,15 +421,30 @@ class _Module(types.ModuleType):
 
 
 class _GeneratorType(type):
-    """torch.Generator, of which a device in Python cannot have its own: the CPU's draws for it, the same numbers."""
+    """torch.Generator, of which the bridge has none for its device: its kernels' seeds are drawn from the host's."""
 
     original = torch.Generator
 
     def __call__(cls, device="cpu"):
-        return cls.original("cpu" if _on_hpu(device) else device)
+        if _on_hpu(device):
+            raise RuntimeError("the bridge has no generators on hpu: torch.Generator() draws for its tensors")
+        return cls.original(device)
 
     def __instancecheck__(cls, instance) -> bool:
         return isinstance(instance, cls.original)
+
+
+def replay(tape: Sequence[tuple]) -> None:
+    """Run recorded operations over the tensors that they ran over before: no Python of the program's, no new tensor."""
+    for function, args, kwargs, outputs in tape:
+        inputs = {_storage(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
+        for old, new in zip(tree_flatten(outputs)[0], tree_flatten(function(*args, **kwargs))[0]):
+            if isinstance(old, Tensor) and _storage(old) not in inputs:  # else a view, or written in place: it is there
+                old.copy_(new)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 _libraries = []  # registrations that last as long as these

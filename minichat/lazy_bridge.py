@@ -4,6 +4,7 @@ Names, arguments and defaults are those of Gaudi's bridge 1.19; what they comput
 """
 
 import copy
+import functools
 import sys
 import types
 from collections.abc import Callable, Iterable
@@ -12,7 +13,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
+from torch.utils.checkpoint import checkpoint
 
 from minichat import lazy
 
@@ -53,25 +55,40 @@ def mark_step(device_str: str = "", sync: bool = False) -> None:
 
 
 def wrap_in_hpu_graph(module, asynchronous=False, disable_tensor_cache=False, dry_run=False, max_graphs=None):
-    """Recorded once for each kind of input, by shapes and by the value of what is no tensor; then replayed, into the
-    same outputs: what a call returned is overwritten by the next."""
-    kept: dict[str, list] = {}
-    call = module.forward if isinstance(module, nn.Module) else module
+    """A module whose forward is recorded once for each kind of input, by shapes and by the value of what is no tensor.
 
-    def replay(*args, **kwargs):
+    Then it is replayed: inputs are copied into those of the first time, its Python does not run, and what a call
+    returned is overwritten by the next.
+    """
+    kept: dict[str, tuple] = {}
+    forward = module.forward
+
+    def replayed(*args, **kwargs):
         flat, spec = tree_flatten((args, kwargs))
         key = repr(([(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in flat], spec))
-        lazy.RECORDER.end(lazy.caller())
-        outputs, out_spec = tree_flatten(call(*args, **kwargs))
-        lazy.RECORDER.end(f"{lazy.caller()} (HPU graph)")
-        for static, new in zip(kept.setdefault(key, outputs), outputs):
-            if isinstance(new, lazy.LazyTensor) and static is not new:
-                static.payload.copy_(new.payload)
-        return tree_unflatten(kept[key], out_spec)
+        recorder = lazy.RECORDER
+        if key not in kept:
+            if max_graphs is not None and len(kept) == max_graphs:
+                return forward(*args, **kwargs)
+            recorder.end(lazy.caller())
+            before, recorder.tape = len(recorder.runs), []
+            try:
+                outputs = forward(*args, **kwargs)
+                recorder.end(f"{lazy.caller()} (HPU graph)")
+                kept[key] = flat, outputs, recorder.tape, recorder.runs[before:]
+            finally:
+                recorder.tape = None
+            return outputs
+        static, outputs, tape, names = kept[key]
+        for to, new in zip(static, flat):
+            if isinstance(to, Tensor) and to is not new:
+                to.copy_(new)
+        recorder.end(lazy.caller())
+        lazy.replay(tape)
+        recorder.again(names)
+        return outputs
 
-    if not isinstance(module, nn.Module):
-        return replay
-    module.forward = replay
+    module.forward = replayed
     return module
 
 
@@ -131,7 +148,12 @@ class FusedSDPA:
               return_attn_probs=False):  # fmt: skip
         """(B, H, T, Hd) queries, (B, KvH, S, Hd) keys and values; KvH may be a part of H."""
         grouped = q.dim() == 4 and q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
+        plain = functools.partial(
+            F.scaled_dot_product_attention, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        )
+        if recompute_mode and torch.is_grad_enabled():  # backward makes the scores again instead of keeping them
+            return checkpoint(plain, q, k, v, attn_mask, use_reentrant=False, preserve_rng_state=bool(dropout_p))
+        return plain(q, k, v, attn_mask)
 
 
 class FusedRMSNorm:

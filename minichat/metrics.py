@@ -14,8 +14,15 @@ from tqdm import tqdm
 from minichat.errors import BadInput
 
 
+def speaks() -> bool:
+    """Whether this process tells how it goes: of several that torchrun or the like has started, the first."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
 def show(line: str) -> None:
     """Print to stderr; where nobody reads it any more (`2>&1 | head`), nothing stops."""
+    if not speaks():
+        return
     try:
         print(line, file=sys.stderr, flush=True)
     except BrokenPipeError:
@@ -83,7 +90,8 @@ class Metrics:
         self.what = what
         # the numbers are what one watches: a short bar, so that they fit on 80 columns
         form = "{desc} {n_fmt}/{total_fmt} |{bar:8}| {remaining} left{postfix}"
-        self.bar = tqdm(total=steps, desc=what, bar_format=form, dynamic_ncols=True) if sys.stderr.isatty() else None
+        watched = speaks() and sys.stderr.isatty()
+        self.bar = tqdm(total=steps, desc=what, bar_format=form, dynamic_ncols=True) if watched else None
 
     def __enter__(self) -> "Metrics":
         return self

@@ -62,6 +62,13 @@ class AdamW:
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
                 weight.grad = None
 
+    def gradients(self) -> list[Tensor]:
+        """The gradients as step() will take them, of all that trains: zeros where there was none."""
+        for master in self.masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self.masters]
+
     @torch.no_grad()
     def step(self, lr: float, max_norm: float) -> Tensor:
         """Clip the gradients to a total norm of max_norm (0: not), update, clear them; their norm before clipping."""

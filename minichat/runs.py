@@ -7,11 +7,12 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from minichat import chat, checkpoint, cli, data, files, lora, metrics, sources, store, training, weights
+from minichat import chat, checkpoint, cli, data, distributed, files, lora, metrics, sources, store, training, weights
 from minichat.assets import sums
 from minichat.errors import BadInput
 from minichat.examples import Dpo, Report, Sft
@@ -107,6 +108,7 @@ def train(
     what: str,
 ) -> None:
     """Everything after loading: the same for SFT and DPO. what: "sft" or "dpo"."""
+    distributed.start(model.device)
     check_out(args)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise BadInput(
@@ -123,7 +125,8 @@ def train(
         targets = [name.strip() for name in args.lora_targets.split(",") if name.strip()]
         lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
     stop_ids, _ = chat.stops(encoder.template, tokenizer)
-    items, eval_items, bad = read_data(args, encoder, what)
+    with distributed.first_alone():  # others find in the cache what it has tokenised
+        items, eval_items, bad = read_data(args, encoder, what)
     run = describe_run(args, model, encoder, {"data": items.parts, "evaluation data": eval_items.parts})
     found = checkpoint.read(args.out) if args.resume else []
     if found and (other := checkpoint.differences(run, found[-1][1]["run"])):
@@ -151,7 +154,8 @@ def train(
             mix.parts = [training.with_reference(model, method, part, settings) for part in mix.parts]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = training.count_steps(items, settings)
-    say(f"{trained:,} weights train on {model.device}, {total} steps")
+    several = f" in {distributed.world()} processes" if distributed.world() > 1 else ""
+    say(f"{trained:,} weights train on {model.device}{several}, {total} steps")
     if settings.pack:
         known = items.lengths()
         rows = [row for step in training.order(items, settings, 0) for batch in step for row in batch]
@@ -159,38 +163,51 @@ def train(
         say(f"packed: {len(rows):,} rows of {settings.pack} tokens, {share:.1%} of them used")
     if args.resume:
         say(f"resumed after step {found[-1][1]['step']}" if found else f"no checkpoint in {args.out}: from step 1")
-    with files.alone(args.out):
-        cli.check_run_folder(args)  # again, now that no other run can begin in it
-        if not found:
-            cli.start_run(args)
-        if args.data is None:
-            sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
-        if bad:
-            (args.out / "bad-records.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
+    first = distributed.rank() == 0  # which alone writes
 
-        def save(folder: Path) -> None:
-            if args.full:
-                dtype = cli.torch_dtype(args.save_dtype)
-                weights.save_model(model, tokenizer, folder / "model", dtype, encoder.template, stop_ids)
-            else:
-                save_adapter(model, tokenizer, folder / "adapter", encoder.template, stop_ids)
+    def save(folder: Path) -> None:
+        if args.full:
+            dtype = cli.torch_dtype(args.save_dtype)
+            weights.save_model(model, tokenizer, folder / "model", dtype, encoder.template, stop_ids)
+        else:
+            save_adapter(model, tokenizer, folder / "adapter", encoder.template, stop_ids)
 
+    with files.alone(args.out) if first else nullcontext():
+        if first:
+            begin(args, what, bool(found), bad)
         saved = checkpoint.Checkpoints(args.out, run, save, args.save_every, args.keep)
         at = found[-1][1]["step"] if found else None
-        followers = [metrics.follower(name, args.out, run, at) for name in args.log or ()]
-        with metrics.Metrics(args.out, total, what, bool(found), followers) as log, saved.stopping():
+        followers = [metrics.follower(name, args.out, run, at) for name in args.log or () if first]
+        folder = args.out if first else None
+        with metrics.Metrics(folder, total, what, bool(found), followers) as log, saved.stopping():
             try:
                 training.fit(model, method, items, settings, log, eval_items, saved, bool(found))
             except checkpoint.Stopped as stopped:
-                draw(args.out)
+                if first:
+                    draw(args.out)
                 say(f"stopped at step {stopped.step} of {total}, and saved: the same command with --resume goes on")
+                distributed.stop()
                 sys.exit(128 + stopped.number)
-            for begun in args.out.glob(f"*/{files.PART}*"):  # by a save that was killed
-                shutil.rmtree(begun, ignore_errors=True)
-            save(args.out)  # still here: what would stop the run now waits for it
-            cli.end_run(args)
-        draw(args.out)
+            if first:
+                for begun in args.out.glob(f"*/{files.PART}*"):  # by a save that was killed
+                    shutil.rmtree(begun, ignore_errors=True)
+                save(args.out)  # still here: what would stop the run now waits for it
+                cli.end_run(args)
+        distributed.stop()
+        if first:
+            draw(args.out)
         say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
+
+
+def begin(args: argparse.Namespace, what: str, resumes: bool, bad: Sequence[str]) -> None:
+    """The run folder's first files."""
+    cli.check_run_folder(args)  # again, now that no other run can begin in it
+    if not resumes:
+        cli.start_run(args)
+    if args.data is None:
+        sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
+    if bad:
+        (args.out / "bad-records.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
 
 
 def describe_run(args: argparse.Namespace, model: Mistral, encoder: Sft | Dpo, parts: dict[str, list]) -> dict:
@@ -199,6 +216,8 @@ def describe_run(args: argparse.Namespace, model: Mistral, encoder: Sft | Dpo, p
     text = hashlib.sha256(f"{encoder.tokenizer.fingerprint} {encoder.template}".encode()).hexdigest()[:16]
     run = {**flags, "the base": model.identity, "tokenizer and template": text}
     run |= {name: ", ".join(f"{len(part):,} records {part.fingerprint()}" for part in of) for name, of in parts.items()}
+    if distributed.world() > 1:
+        run["processes"] = distributed.world()
     run |= {
         "--dtype": str(model.dtype),
         "the shares of the data": [sources.find(spec).weight for spec in args.data or ()],

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minichat import data, device, lora, losses, optim
+from minichat import data, device, distributed, lora, losses, optim
 from minichat.checkpoint import Checkpoints, Stopped
 from minichat.errors import BadInput
 from minichat.examples import Pair
@@ -23,8 +23,8 @@ class Settings:
 
     steps: int | None = None
     epochs: float = 1.0
-    batch_size: int = 8  # sequences, or pairs, per micro-batch and device
-    accumulate: int = 1  # micro-batches per step
+    batch_size: int = 8  # sequences, or pairs, per micro-batch
+    accumulate: int = 1  # micro-batches per step, of each process
     pack: int | None = None  # SFT: several sequences in a row of this many tokens; batch_size counts rows then
     lr: float = 1e-4
     schedule: str = "cosine"
@@ -138,7 +138,8 @@ def fit(
 
     resume: continue from the last of `checkpoints`, to the numbers that the run would have had without a break.
 
-    Every step's gradient is that of the mean over all of its targets, whatever batch_size and accumulate are.
+    Every step's gradient is that of the mean over all of its targets, whatever batch_size and accumulate are, and over
+    how many processes the micro-batches go (distributed.py).
     Raises BadInput when the loss is no longer a number, naming the records of that step; nothing is saved then. Raises
     Stopped where a signal has asked for it and a checkpoint is saved.
     """
@@ -148,7 +149,7 @@ def fit(
     items = items if isinstance(items, data.Mix) else data.Mix([items])
     total = count_steps(items, settings)
     optimizer = optim.AdamW(model, settings.betas, settings.eps, settings.weight_decay)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed + distributed.rank())  # dropout is another one in each process
     warmup = 0 if settings.warmup * total < 1 else settings.warmup  # its one step, at rate 0, would be the run
     model.train()
     pending = _Pending(settings.log_every, (*method.keys, "grad_norm"), where)
@@ -159,7 +160,8 @@ def fit(
     logged_tokens, start = tokens, time.perf_counter()
     for step, batches in zip(range(done, total), steps(items, settings, method, where, done)):
         # a tensor: a number would make another graph of each step
-        weight = torch.tensor(float(sum(batch.weight for batch in batches))).to(where, non_blocking=True)
+        targets, read = distributed.totals(sum(b.weight for b in batches), sum(b.tokens for b in batches))
+        weight = torch.tensor(float(targets)).to(where, non_blocking=True)
         lr = optim.lr_at(step, total, settings.lr, settings.schedule, warmup)
         sums: dict[str, Tensor] = {}
         for batch in batches:
@@ -169,11 +171,13 @@ def fit(
             for key, value in found.items():
                 sums[key] = sums[key] + value.detach() if key in sums else value.detach()
             device.mark_step(where)
+        if distributed.world() > 1:
+            sums = _over_all(sums, method.keys, optimizer.gradients(), where)
         means = {key: value / weight for key, value in sums.items()}
         means["grad_norm"] = optimizer.step(lr, settings.clip)
         pending.put(step + 1, means, [name for batch in batches for name in batch.where])
         device.mark_step(where)
-        tokens += sum(batch.tokens for batch in batches)
+        tokens += read
         done = step + 1
         evaluates = bool(eval_items) and (done == total or (settings.eval_every and done % settings.eval_every == 0))
         scores = {}
@@ -197,6 +201,15 @@ def fit(
     return last
 
 
+def _over_all(
+    sums: dict[str, Tensor], keys: tuple[str, ...], grads: Sequence[Tensor], where: torch.device
+) -> dict[str, Tensor]:
+    """The sums over all processes, and the gradients too, in place; a process may have had no micro-batch."""
+    row = torch.stack([sums[key].float() if key in sums else torch.zeros((), device=where) for key in keys])
+    distributed.add_up([*grads, row])
+    return dict(zip(keys, row))
+
+
 class _Pending:
     """The numbers of the steps that nobody has read yet, on the device: to read them is one wait for it."""
 
@@ -210,7 +223,7 @@ class _Pending:
 
     def read(self) -> dict[str, float]:
         """The newest step's, {} if there is none. Raises BadInput where one is not finite."""
-        found = [dict(zip(self.keys, row)) for row in self.readings.read()]
+        found = [dict(zip(self.keys, row)) for row in self.readings.read(len(self.steps))]
         for (step, names), means in zip(self.steps, found):
             if not math.isfinite(means["loss"]) or not math.isfinite(means["grad_norm"]):
                 shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -232,6 +245,7 @@ def steps(
         skipped = min(done, len(planned))
         done -= skipped
         for batches in planned[skipped:]:
+            batches = batches[distributed.rank() :: distributed.world()]  # short and long ones go round
             rows = [_full([[items[j] for j in row] for row in rows], settings, where) for rows in batches]
             yield [method.batch(each, padding) for each in rows]
         epoch += 1
@@ -243,8 +257,9 @@ def _full(rows: list[list], settings: Settings, where: torch.device) -> list[lis
 
 
 def order(items: data.Mix, settings: Settings, epoch: int) -> list[list[list[data.Row]]]:
-    """The steps of an epoch: the rows of each one's micro-batches."""
-    return data.order(items, settings.batch_size, settings.accumulate, settings.seed, epoch, settings.pack)
+    """The steps of an epoch: the rows of each one's micro-batches, of all processes."""
+    micro_batches = settings.accumulate * distributed.world()
+    return data.order(items, settings.batch_size, micro_batches, settings.seed, epoch, settings.pack)
 
 
 def count_steps(items: data.Mix, settings: Settings) -> int:
@@ -254,7 +269,8 @@ def count_steps(items: data.Mix, settings: Settings) -> int:
     if settings.steps:
         return settings.steps
     if settings.pack is None:
-        per_epoch = math.ceil(math.ceil(sum(items.counts) / settings.batch_size) / settings.accumulate)
+        micro_batches = math.ceil(sum(items.counts) / settings.batch_size)
+        per_epoch = math.ceil(micro_batches / (settings.accumulate * distributed.world()))
         return math.ceil(per_epoch * settings.epochs)
     whole, rest = divmod(settings.epochs, 1)
     count = lambda epoch: len(order(items, settings, epoch))  # noqa: E731  # packing differs from epoch to epoch
@@ -269,7 +285,8 @@ def evaluate(model: nn.Module, method: Method, items: Sequence, settings: Settin
     model.eval()
     sums: dict[str, Any] = {}
     weight = 0
-    for rows in data.by_length(data.lengths(items), settings.batch_size):
+    batches = data.by_length(data.lengths(items), settings.batch_size)
+    for rows in batches[distributed.rank() :: distributed.world()]:
         full = _full([[items[j] for j in row] for row in rows], settings, where)
         batch = method.batch(full, device.padding(where))
         for key, value in method.objective(model, on(where, batch.tensors)).items():
@@ -277,6 +294,9 @@ def evaluate(model: nn.Module, method: Method, items: Sequence, settings: Settin
         weight += batch.weight
         device.mark_step(where)
     model.train(was_training)
+    if distributed.world() > 1:
+        sums = _over_all(sums, method.keys, (), where)
+    (weight,) = distributed.totals(weight)
     values = torch.stack([value.float() for value in sums.values()]).tolist()
     return method.summary({key: value / weight for key, value in zip(sums, values)})
 

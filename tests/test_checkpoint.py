@@ -115,7 +115,7 @@ def asking(saved, objective):
     """The objective, in a run that is asked to stop at once."""
 
     def call(*args):
-        saved.asked = int(signal.SIGTERM)
+        saved.caught = int(signal.SIGTERM)
         return objective(*args)
 
     return call

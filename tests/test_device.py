@@ -1,5 +1,6 @@
 """Picking a device; Gaudi's calls against stubs with the bridge's names."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,9 +8,13 @@ import types
 
 import pytest
 import torch
+from helpers import make
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minichat import device
 from minichat.errors import BadInput
+from minichat.generation import generate
 
 CPU, CUDA, HPU = map(torch.device, ("cpu", "cuda", "hpu"))
 
@@ -23,7 +28,7 @@ def bridge(monkeypatch):
         max_memory_allocated=lambda: 3 * device.GIB,
     )
     monkeypatch.setattr(torch, "hpu", hpu, raising=False)
-    for name in ("", ".torch", ".torch.core"):
+    for name in ("", ".torch", ".torch.core", ".torch.hpu"):
         module = types.ModuleType("habana_frameworks" + name)
         module.__path__ = []
         monkeypatch.setitem(sys.modules, "habana_frameworks" + name, module)
@@ -76,6 +81,27 @@ def test_missing_devices_say_what_to_do(monkeypatch):
             device.pick(name)
 
 
+def test_each_of_several_processes_has_a_card(bridge, monkeypatch):
+    """By torchrun's environment on CUDA; on an HPU the bridge's own module sees to it, and takes mpirun's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (device.pick("cuda"), device.pick("auto")) == (torch.device("cuda"), torch.device("cuda:0"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert device.pick("cuda") == device.pick("auto") == torch.device("cuda:1")
+    assert device.pick("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(BadInput, match="habana_frameworks.torch.distributed"):
+        device.pick("hpu")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert device.pick("hpu") == HPU
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    for name in (".torch.distributed", ".torch.distributed.hccl"):
+        monkeypatch.setitem(sys.modules, "habana_frameworks" + name, types.ModuleType("stub"))
+    assert device.pick("hpu") == HPU
+    assert [device.collective(where) for where in (CPU, CUDA, HPU)] == ["gloo", "nccl", "hccl"]
+
+
 def test_hpu_calls_are_the_bridges(bridge, monkeypatch):
     assert device.pick("hpu") == HPU
     for where in (CPU, CUDA, HPU):
@@ -101,3 +127,97 @@ def test_peak_memory_sees_what_was_held():
     held = torch.ones(int((before + 0.2) * device.GIB) // 4)
     assert device.peak_memory_gib(CPU) > before + 0.1
     del held
+
+
+class Tape(TorchDispatchMode):
+    """torch.cuda.CUDAGraph as far as the CPU can be one: while it records, nothing is written and nothing drawn; a
+    replay runs the operations, not the Python, over the very same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.generators, self.nodes, self.replays = [], [], 0
+
+    register_generator_state = property(lambda self: self.generators.append)
+
+    def pool(self):
+        return "a pool"
+
+    def __enter__(self):
+        self.states = [generator.get_state() for generator in self.generators]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for generator, state in zip(self.generators, self.states):
+            generator.set_state(state)
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a value is read"
+        kwargs = kwargs or {}
+        if function._schema.is_mutable:
+            self.nodes.append((function, args, kwargs, []))
+            return args[0]
+        given = function(*args, **kwargs)
+        inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        outputs = tree_leaves(given)
+        if not {x.untyped_storage().data_ptr() for x in outputs} & inputs:  # no view
+            self.nodes.append((function, args, kwargs, outputs))
+        return given
+
+    def replay(self):
+        self.replays += 1
+        for function, args, kwargs, outputs in self.nodes:
+            for to, new in zip(outputs, tree_leaves(function(*args, **kwargs))):
+                to.copy_(new)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """CUDA's calls for graphs, on the CPU; the graphs that are made."""
+    made, stream = [], types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda where: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made.append(Tape()) or made[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream: graph)
+    return made
+
+
+def test_a_graph_copies_its_inputs_and_keeps_its_state(cuda):
+    """One for each shape; the first call of one is run as it is, and counts; what a call gave is overwritten."""
+    total, runs = torch.zeros(()), []
+
+    def add(x, y):
+        runs.append(x.shape)
+        total.add_(x.sum())
+        return x * 2 + y, total * 1
+
+    step = device.graph(add, CUDA)
+    x, y = torch.ones(3), torch.zeros(3)
+    for n in range(1, 6):
+        found, sofar = step(x * n, y)
+        assert torch.equal(found, x * 2 * n) and sofar == total == 3 * n * (n + 1) / 2
+    kept = found
+    step(torch.ones(2), torch.ones(2))
+    assert step(x, y + 1)[0] is kept and torch.equal(kept, x * 3)
+    assert runs == [(3,), (3,), (2,)] and [graph.replays for graph in cuda] == [5]
+    assert device.graph(add, CPU) is add
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [dict(), dict(temperature=1.0, top_k=20, top_p=0.9, seed=3), dict(repetition_penalty=1.3, stop_ids=[96, 5, 40])],
+)
+def test_decoding_replays_one_graph(cuda, flags, monkeypatch):
+    """Past turns of the ring, with padding that has no slot: the tokens of the same loop without a graph."""
+    model, prompts = make(sliding_window=30), [[1, 2, 3, 4, 5], [6], [7, 8]]
+    flags = {"stop_ids": (), **flags}
+    monkeypatch.setattr(device, "bucket", lambda n, where: -(-n // 16) * 16)
+    monkeypatch.setattr(device, "cache_slots", lambda columns, rows, where: min(columns, 8))
+    monkeypatch.setattr("minichat.cache.reach", lambda *a: device.reach(*a[:-1], CUDA))
+    monkeypatch.setattr(device, "tokens_between_syncs", lambda where: 16)
+    expected = generate(model, prompts, 60, **flags)
+    assert not cuda
+    monkeypatch.setattr(device, "graph", lambda f, where, generators: device._CudaGraphs(f, where, generators))
+    assert generate(model, prompts, 60, **flags) == expected
+    assert len(cuda) == 1 and cuda[0].replays <= 58

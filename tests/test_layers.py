@@ -26,7 +26,7 @@ LAYERS = [
         "lazy",
         "lazy_bridge",
     },
-    {"chat", "model", "int4", "fused", "fused_cuda", "plots"},
+    {"chat", "model", "int4", "fused", "fused_cuda", "plots", "distributed"},
     {"examples", "weights", "generation"},
     {"data", "store", "checkpoint", "packed"},
     {"training"},

@@ -37,7 +37,7 @@ from minichat import data, device, generation, int4, lora, training
 from minichat.metrics import Metrics
 from minichat.model import Config, Mistral
 torch.backends.cuda.enable_flash_sdp(False)  # of the CPU as well
-for name in ("bucket", "reach", "padding", "tokens_between_syncs"):
+for name in ("bucket", "reach", "rows", "cache_slots", "padding", "tokens_between_syncs"):
     plain = getattr(device, name)
     setattr(device, name, lambda *a, plain=plain: plain(*a[:-1], hpu))
 def make(where, dtype=torch.float32, window=16, layers=2, quantise=False, adapt=False):
@@ -75,7 +75,7 @@ def go(where):
     loss = F.cross_entropy(y.flatten(0, 1), torch.arange(12).to(where) % 16)
     loss.backward()
     ring = torch.zeros(4, 16, device=where).index_copy_(0, torch.tensor([2, 0]).to(where), x[0, :2].detach())
-    drawn = torch.rand(3, device=where, generator=torch.Generator(where).manual_seed(5))
+    drawn = torch.rand(3, device=where, generator=torch.Generator().manual_seed(5))
     state = {k: v.cpu() for k, v in net.state_dict().items()}
     return [loss.item(), ring.cpu().tolist(), drawn.tolist(), [p.grad.cpu().tolist() for p in net.parameters()],
             [v.tolist() for v in state.values()]]
@@ -110,14 +110,46 @@ def test_an_hpu_graphs_outputs_are_overwritten():
     found = emulated(
         """
 import habana_frameworks.torch.hpu as bridge
-double = bridge.wrap_in_hpu_graph(lambda x: x * 2)
+calls, total = [], torch.zeros(2).to(hpu)
+class Double(torch.nn.Module):
+    def forward(self, x):
+        calls.append(1)
+        total.add_(x)
+        return x.view(1, 2)[0] * 2 + torch.rand(2, device=hpu, generator=generator).clamp(0, 0)
+generator = torch.Generator()
+double = bridge.wrap_in_hpu_graph(Double())
 first = double(torch.ones(2).to(hpu))
 kept = first.clone()
+drawn = generator.get_state().tolist()
 second = double(torch.full((2,), 5.0).to(hpu))
-found(first=first.tolist(), second=second.tolist(), kept=kept.tolist())""",
+drawn = drawn != generator.get_state().tolist()
+found(first=first.tolist(), second=second.tolist(), kept=kept.tolist(), calls=len(calls), total=total.tolist(),
+      drawn=drawn)""",
         model=False,
     )
     assert found["first"] == found["second"] == [10, 10] and found["kept"] == [2, 2]
+    assert found["calls"] == 1 and found["total"] == [6, 6] and found["drawn"]
+
+
+def test_an_hpu_graph_holds_no_reads_and_no_copies_from_the_host():
+    found = emulated(
+        """
+import habana_frameworks.torch.hpu as bridge
+def wrapped(function):
+    module = torch.nn.Module()
+    module.forward = function
+    return bridge.wrap_in_hpu_graph(module)
+x, told = torch.ones(2).to(hpu), []
+for function in (lambda x: x * x.sum().item(), lambda x: x * torch.rand(2).to(hpu)):
+    try: wrapped(function)(x)
+    except RuntimeError as error: told.append(str(error))
+try: torch.Generator(hpu)
+except RuntimeError as error: told.append(str(error))
+found(told=told)""",
+        model=False,
+    )
+    assert [words.split(" ")[0] for words in found["told"]] == ["aten._local_scalar_dense", "the"]
+    assert [line for line in found["advice"] if "replays keep" in line]
 
 
 def test_peak_memory_and_what_holds_it():
@@ -238,12 +270,35 @@ found(counts=graphs, same=all(there[n] == go("cpu", n) for n in there))""")
 
 
 def test_graphs_grow_with_the_buckets_of_prompts_not_with_their_lengths():
-    found = emulated("""
+    """40 prompts: set-up, a chunk of 128, of 256 and of 512 tokens, the first token, decoding."""
+    found = emulated(
+        """
 model = make(hpu, window=None, layers=1)
-for n in range(1, 4001, 200):
+R.reset()
+for n in range(1, 4001, 100):
     list(generation.decode(model, [[5] * n], 2, generation.Sampling(), ()))
-found()""")
-    assert found["graphs"] <= 4 * 6 + 2, found["report"]  # of 6 buckets: set-up, prefill, first token, decoding
+found()""",
+        "meta",
+    )
+    assert len(found["runs"]) > 40 * 4 and found["graphs"] == 6, found["report"]
+
+
+def test_after_warm_up_nothing_is_compiled():
+    """Of a window of 600: caches of 512 and 600 slots; 7 rows are filled up to 8."""
+    found = emulated(
+        """
+model, said = make(hpu, window=600, layers=1), []
+settings = dict(max_new_tokens=20, sampling=generation.Sampling(0.7, 5, seed=1), stop_ids=[2, 3])
+generation.warm_up(model, 7, 900, **settings, tell=said.append)
+known = len(R.graphs)
+for lengths in ([3], [100, 8], [200, 1], [400], [500, 20, 3], [513, 4], [700], [900, 900, 899]):
+    list(generation.decode(model, [[5] * n for n in lengths] + [[6]] * (7 - len(lengths)), **settings))
+found(new=len(R.graphs) - known, said=said)""",
+        "meta",
+    )
+    assert found["new"] == 0, found["report"]
+    assert found["said"] == [f"warming up, {i} of 6: prompts of {n} tokens"
+                             for i, n in enumerate((128, 256, 384, 512, 640, 768), 1)]  # fmt: skip
 
 
 TRAIN = """

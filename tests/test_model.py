@@ -133,7 +133,7 @@ def test_chunked_prefill_is_the_full_forward(window, slots, size, monkeypatch):
     """Every way to cut 40 tokens, also into chunks longer than the window and the ring; and what is seen of the ring
     is what was written, up to the next of the device's sizes."""
 
-    def rounded(filled, slots, where):
+    def rounded(filled, columns, slots, where):
         return min(slots, -(-filled // size) * size)
 
     seen = []
@@ -151,7 +151,7 @@ def test_chunked_prefill_is_the_full_forward(window, slots, size, monkeypatch):
             torch.testing.assert_close(found, full[:, start : start + length], rtol=0, atol=1e-4)
             # a single token's key is in the ring already, those of several are seen beside it
             ring, beside = (start + 1, 0) if length == 1 else (start, length)
-            assert seen[-1].shape[2] == rounded(ring, min(slots, window or slots), None) + beside
+            assert seen[-1].shape[2] == rounded(ring, length, min(slots, window or slots), None) + beside
             start += length
 
 
