@@ -17,8 +17,10 @@ them to arrive adds all their sums in a fixed order: the same bits on every run,
 """
 
 import functools
+import re
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minichat import files
 from minichat.kernels import int4_reference as reference
 
 Packed = reference.Packed
@@ -131,6 +134,23 @@ def add_float(sums, x, weight, n, g, K, seen, ASM: tl.constexpr):
 
 
 @triton.jit
+def prefetch(codes, rows, g, N, K, BN: tl.constexpr, COUNT: tl.constexpr):
+    """Ask for the pieces of rows, columns 128 g and on, that the loop reads first: they come while others compute."""
+    line = tl.arange(0, BN // 2)  # of 128 bytes
+    block = tl.minimum((rows + line // 8 * 16) // 16, (N - 1) // 16)
+    at = codes + (block * (K // 128) + g) * 512 + line % 8 * 64
+    for i in tl.static_range(COUNT):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [(at + i * 512).to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def linear_kernel(
     x, codes, scale, zero, out, partial, arrived, M, N, K,
     squares, parts, eps, next_norm, next_x, next_squares,
@@ -153,6 +173,10 @@ def linear_kernel(
     seen = m[None, :] < M
     first, last = K // 128 * part // SPLIT, K // 128 * (part + 1) // SPLIT
     if PDL:
+        if BITS == 4:  # the weights are there already; x is not
+            prefetch(codes, tile * BN, first, N * (2 if GATED else 1), K, BN, 3)
+            if GATED:
+                prefetch(codes, tile * BN + N, first, 2 * N, K, BN, 3)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if NORM:
@@ -338,44 +362,52 @@ def quantize(
 
 
 # ---- calling the kernels --------------------------------------------------------------------------------------------
-def linear(x: Tensor, weight: Packed | Tensor, out: Tensor, norm=None, then: str = "", next_norm=None) -> None:
+def linear(x: Tensor, weight: Packed | Tensor, out: Tensor, norm=None, then: str = "", next_norm=None) -> int:
     """linear_kernel over x (M, K), M at most 128, into out (M, N); of one stream at a time on each device.
 
-    weight: Packed in this layout, or (N, K) in x's dtype. norm: (squares (parts, M), eps). next_norm: (weight (N,),
-    next_x (M, N), next_squares (tiles, M)).
+    weight: Packed in this layout, or (N, K) in x's dtype. norm: (squares, parts of it, eps). next_norm: (weight (N,),
+    next_x (M, N), next_squares (N / 16, M)): it gives how many rows of that it has filled.
     """
     (M, K), N = x.shape, out.shape[1]
     packed = isinstance(weight, Packed)
     BN, warps, stages, SPLIT = tiling(x.device, M, N * (2 if then == "silu" else 1), K)
     BM = max(8, triton.next_power_of_2(M))
     partial, arrived = workspace(x.device)
-    squares, eps = norm or (None, 0.0)
+    squares, parts, eps = norm or (None, 0, 0.0)
     codes, scale, zero = (weight.codes, weight.scale, weight.zero) if packed else (weight, None, None)
-    parts = 0 if norm is None else squares.shape[0]
     pdl = programmatic(x.device)
     with on(x):
-        linear_kernel[triton.cdiv(N, BN), SPLIT](
+        tiles = triton.cdiv(N, BN)
+        linear_kernel[tiles, SPLIT](
             x, codes, scale, zero, out, partial, arrived, M, N, K,
             squares, parts, eps, *(next_norm or (None, None, None)),
             BITS=4 if packed else 16, G=weight.group_size if packed else COLUMNS, SYMMETRIC=zero is None, BN=BN, BM=BM,
             SPLIT=SPLIT, NORM=norm is not None, THEN=then, PARTS=triton.next_power_of_2(max(1, parts)),
             ASM=not INTERPRETED, PDL=pdl, num_warps=warps, num_stages=stages, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
+    return tiles
 
 
 def tiling(device: torch.device, M: int, N: int, K: int) -> tuple[int, int, int, int]:
     """Rows of a tile, warps, stages, and how many programs share a tile's columns, for M tokens by N rows in all."""
     kind, multiprocessors = card(device)
     BM = max(8, triton.next_power_of_2(M))
-    BN, warps, stages, each = TABLES[kind][BM]
+    BN, warps, stages, each = tuned(device).get(f"{BM} {N} {K}") or TABLES[kind][BM]
     tiles = triton.cdiv(N, BN)
     split = min(round(each * multiprocessors / tiles), K // COLUMNS, WORKSPACE // (N * BM))
     return BN, warps, stages, max(1, split)
 
 
-def tiles(device: torch.device, M: int, N: int) -> int:
-    """How many sums of squares a token gets from linear(then="add") into N rows."""
-    return triton.cdiv(N, TABLES[card(device)[0]][max(8, triton.next_power_of_2(M))][0])
+@functools.cache
+def tuned(device: torch.device) -> dict[str, list[int]]:
+    """What minichat/tune.py has found for this kind of card: rows as in TABLES by "tokens N K"."""
+    file = tuned_file(device)
+    return files.read_json(file) if file.exists() else {}
+
+
+def tuned_file(device: torch.device) -> Path:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return files.cache_folder() / f"tiles-{re.sub('[^A-Za-z0-9]+', '-', name)}.json"
 
 
 def programmatic(device: torch.device) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from minichat.kernels import int4_triton
 
 KEYS = 64  # of a tile of the ring
+WIDTH = 64  # of a part of the embedding: then its norm has as many parts as those of other tiles of 64 rows
 
 
 @triton.jit
@@ -123,13 +124,12 @@ def attention_kernel(
     tl.store(to, (mixed / total[:, None]).to(dtype), mask=(r < GROUP)[:, None])
 
 
-def embed(ids: Tensor, table: Tensor, norm: Tensor, x: Tensor, next_x: Tensor, squares: Tensor) -> None:
-    """embed_kernel of ids (M,) int64 into x, next_x (M, D) and squares (tiles, M)."""
-    (M, D), tiles = x.shape, len(squares)
+def embed(ids: Tensor, table: Tensor, norm: Tensor, x: Tensor, next_x: Tensor, squares: Tensor) -> int:
+    """embed_kernel of ids (M,) int64 into x, next_x (M, D) and squares (D / 16, M): how many of its rows are filled."""
+    (M, D), parts = x.shape, triton.cdiv(x.shape[1], WIDTH)
     with int4_triton.on(x):
-        embed_kernel[tiles, M](
-            ids, table, norm, x, next_x, squares, M, D, triton.next_power_of_2(triton.cdiv(D, tiles))
-        )
+        embed_kernel[parts, M](ids, table, norm, x, next_x, squares, M, D, WIDTH)
+    return parts
 
 
 def attend(

@@ -276,7 +276,28 @@ def reach(filled: int, columns: int, slots: int, device: torch.device) -> int:
 
 def tokens_between_syncs(device: torch.device) -> int:
     """How many tokens to decode before the host reads them, and whether all rows are done."""
-    return 1 if device.type == "cpu" else 16
+    return 16 if device.type == "hpu" else 1
+
+
+def reads_behind(device: torch.device) -> int:
+    """How many readings the host is behind: on CUDA it takes one while the device is at the next."""
+    return 1 if device.type == "cuda" else 0
+
+
+def fetch(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Have what `tensor` holds now brought to the host; what it gives waits for that, and for nothing after it."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu  # it waits for all there is, so not before it is called
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record()
+
+    def wait() -> torch.Tensor:
+        there.synchronize()
+        return host
+
+    return wait
 
 
 def _bridge(required: bool) -> bool:

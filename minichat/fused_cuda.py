@@ -91,8 +91,8 @@ class CudaStep:
         def buffer(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=model.device)
 
-        tiles = int4_triton.tiles(model.device, rows, D)
-        self.x, self.next_x, self.squares = buffer(rows, D), buffer(rows, D), buffer(tiles, rows, dtype=torch.float32)
+        self.x, self.next_x = buffer(rows, D), buffer(rows, D)
+        self.squares = buffer(D // 16, rows, dtype=torch.float32)  # of x, in parts
         heads = config.num_attention_heads
         self.qkv = buffer(rows, (heads + 2 * config.num_key_value_heads) * config.head_dim)
         self.attended, self.inner = buffer(rows, heads * config.head_dim), buffer(rows, config.intermediate_size)
@@ -105,20 +105,20 @@ class CudaStep:
         config, linear, x, next_x = decoder.config, int4_triton.linear, self.x, self.next_x
         now = positions[:, 0]
         cos, sin = (a[:, 0, 0] for a in rotary(positions, config.head_dim, config.rope_theta, x.dtype))
-        norm = self.squares, config.rms_norm_eps
+        squares, eps = self.squares, config.rms_norm_eps
         after = [block.input_layernorm.weight for block in decoder.layers[1:]] + [decoder.norm.weight]
-        step_triton.embed(
-            ids[:, 0], decoder.embed_tokens.weight, decoder.layers[0].input_layernorm.weight, x, next_x, self.squares
-        )
+        first = decoder.layers[0].input_layernorm.weight
+        parts = step_triton.embed(ids[:, 0], decoder.embed_tokens.weight, first, x, next_x, squares)
         for i, (block, (qkv, o, gate_up, down)) in enumerate(zip(decoder.layers, self.blocks)):
-            linear(next_x, qkv, self.qkv, norm)
+            linear(next_x, qkv, self.qkv, norm=(squares, parts, eps))
             step_triton.attend(
                 self.qkv, cos, sin, cache.k[i], cache.v[i], cache.positions, now, cache.columns, config.sliding_window,
                 self.attended,
             )  # fmt: skip
-            linear(self.attended, o, x, then="add", next_norm=(block.post_attention_layernorm.weight, next_x, norm[0]))
-            linear(next_x, gate_up, self.inner, norm, then="silu")
-            linear(self.inner, down, x, then="add", next_norm=(after[i], next_x, norm[0]))
+            to_mlp = block.post_attention_layernorm.weight, next_x, squares
+            parts = linear(self.attended, o, x, then="add", next_norm=to_mlp)
+            linear(next_x, gate_up, self.inner, norm=(squares, parts, eps), then="silu")
+            parts = linear(self.inner, down, x, then="add", next_norm=(after[i], next_x, squares))
         cache.advance(positions)
-        root = torch.rsqrt(self.squares.sum(dim=0) / config.hidden_size + config.rms_norm_eps)
+        root = torch.rsqrt(squares[:parts].sum(dim=0) / config.hidden_size + eps)
         return (next_x.float() * root[:, None]).to(x.dtype)[:, None]

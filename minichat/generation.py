@@ -6,6 +6,7 @@ what streaming needs.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -168,20 +169,22 @@ def decode(
     step = device.graph(advance, where, [generator])
     device.mark_step(where)  # what is above is a graph of its own, not a part of the first
     choose(prefill(model, forward, ids, positions))
-    stopped, unread = [False] * len(prompts), 0
+    stopped, unread, fetched = [False] * len(prompts), 0, deque()
     for made in range(1, max_new_tokens + 1):
         if made > 1:
             step()
         device.mark_step(where)
         unread += 1
         if unread == every or made == max_new_tokens:
-            for tokens in readings.read(unread):
+            fetched.append(readings.fetch(unread))
+            unread = 0
+        while len(fetched) > (device.reads_behind(where) if made < max_new_tokens else 0):
+            for tokens in fetched.popleft()():
                 tokens = tokens[: len(prompts)]
                 yield tokens
                 stopped = [was or one in stop_ids for was, one in zip(stopped, tokens)]
                 if all(stopped):
                     return
-            unread = 0
 
 
 def _padded(prompts: Sequence[Sequence[int]], where: torch.device) -> tuple[Tensor, Tensor]:

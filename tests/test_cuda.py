@@ -144,13 +144,13 @@ def test_a_block_of_kernels_against_float64(M, N, packs):
     x, norm = torch.randn(M, N, device=DEVICE).to(kind), torch.rand(N, device=DEVICE).to(kind)
     expected = x.double() + h.double() @ exact_down.T
     next_x = torch.full_like(x, torch.nan)
-    squares = torch.full((int4_triton.tiles(DEVICE, M, N), M), torch.nan, device=DEVICE)
-    int4_triton.linear(h, down, x, then="add", next_norm=(norm, next_x, squares))
+    squares = torch.full((N // 16, M), torch.nan, device=DEVICE)
+    parts = int4_triton.linear(h, down, x, then="add", next_norm=(norm, next_x, squares))
     assert error(x, expected) < LIMITS[kind]
     normed = expected * torch.rsqrt(expected.square().mean(-1, keepdim=True) + eps) * norm.double()
     gate, up = (normed @ exact_gate_up.T).chunk(2, dim=-1)
     out = torch.full((M, 48), torch.nan, dtype=kind, device=DEVICE)
-    int4_triton.linear(next_x, gate_up, out, norm=(squares, eps), then="silu")
+    int4_triton.linear(next_x, gate_up, out, norm=(squares, parts, eps), then="silu")
     assert error(out, F.silu(gate) * up) < 2 * LIMITS[kind]
 
 
@@ -306,6 +306,18 @@ def test_greedy_tokens_of_the_step_are_the_models(quantised, monkeypatch):
 @on_a_card
 def test_the_triton_kernel_serves_this_card():
     assert kernels.for_device(DEVICE) is int4_triton
+
+
+@on_a_card
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_assembly_unpacks_as_plain_operations_do(dtype, monkeypatch):
+    q, scale, zero = codes(64, 256, 32, False)
+    packed, x = int4_triton.pack(q, scale, zero, 4), torch.randn(3, 256, device=DEVICE).to(dtype)
+    out = [torch.empty(3, 64, device=DEVICE, dtype=dtype) for _ in range(2)]
+    int4_triton.linear(x, packed, out[0])
+    monkeypatch.setattr(int4_triton, "INTERPRETED", True)
+    int4_triton.linear(x, packed, out[1])
+    assert torch.equal(*out)  # products of either are exact in float32
 
 
 @on_a_card

@@ -30,7 +30,7 @@ LAYERS = [
     {"examples", "weights", "generation"},
     {"data", "store", "checkpoint", "packed"},
     {"training"},
-    {"cli", "runs", "converse", "evaluate", "harness", "hpu_selfcheck", "assets"},
+    {"cli", "runs", "converse", "evaluate", "harness", "hpu_selfcheck", "tune", "assets"},
 ]
 # within a layer: who may import whom
 BESIDE = {
@@ -43,6 +43,7 @@ BESIDE = {
     "evaluate": {"cli", "harness"},
     "harness": {"evaluate"},
     "hpu_selfcheck": {"cli"},
+    "tune": {"cli"},
 }
 HEAVY = {
     "tokenizers",
