@@ -236,19 +236,18 @@ def padding(device: torch.device) -> Callable[[int], int] | None:
 
 
 def bucket(length: int, device: torch.device) -> int:
-    """The padded length for `length` tokens.
-
-    A new shape is a new graph on an HPU: powers of two. It costs CUDA a choice of kernel, which multiples of 64 keep
-    rare, and the CPU nothing.
-    """
-    if device.type == "cpu":
+    """The padded length for `length` tokens: on an HPU, where a new shape is a new graph, a power of two."""
+    if device.type != "hpu":
         return length
-    if device.type == "cuda":
-        return -(-length // 64) * 64
     size = 128
     while size < length:
         size *= 2
     return size
+
+
+def prompt_chunk(device: torch.device) -> int:
+    """Prompt tokens at a time: bounds the memory of a long one. CUDA writes INT4 weights out once for each."""
+    return 4096 if device.type == "cuda" else 512
 
 
 def rows(count: int, device: torch.device) -> int:

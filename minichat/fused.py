@@ -18,7 +18,8 @@ MOST_TOKENS = 32  # of prompts in one call: bounds its scratch, and 128 are 1 % 
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-Forward = Callable[[Tensor, Tensor], Tensor]  # (B, T) ids and positions -> (B, T, D) hidden states; fills the cache
+# (B, T) ids and positions (None: 0, 1, 2, … or what follows, in every row) -> (B, T, D) hidden states; fills the cache
+Forward = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def decoder(model: nn.Module, cache: KVCache) -> Forward:

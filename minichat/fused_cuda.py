@@ -97,10 +97,10 @@ class CudaStep:
         self.qkv = buffer(rows, (heads + 2 * config.num_key_value_heads) * config.head_dim)
         self.attended, self.inner = buffer(rows, heads * config.head_dim), buffer(rows, config.intermediate_size)
 
-    def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, positions: Tensor | None) -> Tensor:
         """(B, T) ids and positions -> (B, T, D), after the last norm; the cache holds them then."""
         decoder, cache = self.model.model, self.cache
-        if ids.shape[1] > 1:
+        if ids.shape[1] > 1 or positions is None:
             return decoder(ids, positions, cache)
         config, linear, x, next_x = decoder.config, int4_triton.linear, self.x, self.next_x
         now = positions[:, 0]

@@ -224,20 +224,23 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """(B, T) ids -> (B, T, D), after the last norm.
 
-        positions: (B, T) int64, -1 for padding; None is 0, 1, 2, … in every row (padding on the right does no harm:
-        no token sees what follows it). cache: a KVCache that these tokens continue; it needs positions.
+        positions: (B, T) int64, -1 for padding; None is 0, 1, 2, … in every row, or what follows those in the cache
+        (padding on the right does no harm: no token sees what follows it). cache: a KVCache that these tokens continue.
         documents: of packed rows, whose documents do not see each other: the lengths of those in the only row, whose
         positions follow; or, where shapes have to be static, (B, T) the number of each token's, with positions.
         """
         config, window = self.config, self.config.sliding_window
         implicit = positions is None
+        begun = 0 if cache is None else cache.filled
         if implicit:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            positions = torch.arange(begun, begun + ids.shape[1], device=ids.device)[None]
+        if cache is not None:
+            seen = cache.advance(positions.expand(len(ids), -1))
         if isinstance(documents, list):
             view = Documents(documents, window, ids.device)
             positions = view.positions
-        elif cache is not None:
-            view = View(positions, cache.advance(positions), window, ordered=False)
+        elif begun or (cache is not None and not implicit):
+            view = View(positions, seen, window, ordered=False)
         elif implicit and (window is None or ids.shape[1] <= window):
             view = None
         else:
