@@ -129,7 +129,8 @@ def main() -> None:
         of = found[f"sm_{target}"] = {}
         for tokens in args.tokens:
             for then in ("", "silu", "add") if tokens <= 32 else ("",):
-                of[f"linear{then and '+' + then}, {tokens} tokens"] = matmul(target, tokens, then)
+                name = f"linear{then and '+' + then}, {tokens} token{'s' * (tokens > 1)}"
+                of[name] = matmul(target, tokens, then)
         of["linear, 1 token, groups of 32 with zero-points"] = matmul(target, 1, "", group=32, symmetric=False)
         of["linear, 1 token, bf16 weights"] = matmul(target, 1, "", bits=16)
         of |= others(target)

@@ -46,7 +46,7 @@ TABLES = {
     86: {**GENERIC, 8: (64, 2, 3, 4), 16: (64, 2, 3, 4)},  # less shared memory, and less bandwidth to fill
     89: {**GENERIC, 8: (64, 2, 3, 4), 16: (64, 2, 3, 4)},
     90: {**GENERIC, 128: (128, 8, 3, 1)},
-    100: {**GENERIC, 32: (32, 2, 3, 8), 64: (32, 4, 3, 4)},
+    100: {**GENERIC, 32: (32, 2, 3, 8), 64: (32, 4, 3, 4), 128: (16, 4, 3, 4)},
 }
 
 
@@ -370,7 +370,7 @@ def linear(x: Tensor, weight: Packed | Tensor, out: Tensor, norm=None, then: str
     """
     (M, K), N = x.shape, out.shape[1]
     packed = isinstance(weight, Packed)
-    BN, warps, stages, SPLIT = tiling(x.device, M, N * (2 if then == "silu" else 1), K)
+    BN, warps, stages, SPLIT = tiling(x.device, M, N, K, 2 if then == "silu" else 1)
     BM = max(8, triton.next_power_of_2(M))
     partial, arrived = workspace(x.device)
     squares, parts, eps = norm or (None, 0, 0.0)
@@ -388,13 +388,13 @@ def linear(x: Tensor, weight: Packed | Tensor, out: Tensor, norm=None, then: str
     return tiles
 
 
-def tiling(device: torch.device, M: int, N: int, K: int) -> tuple[int, int, int, int]:
-    """Rows of a tile, warps, stages, and how many programs share a tile's columns, for M tokens by N rows in all."""
+def tiling(device: torch.device, M: int, N: int, K: int, weights: int = 1) -> tuple[int, int, int, int]:
+    """Rows of a tile, warps, stages, and how many programs share a tile's columns; of M tokens by weights of N rows."""
     kind, multiprocessors = card(device)
     BM = max(8, triton.next_power_of_2(M))
-    BN, warps, stages, each = tuned(device).get(f"{BM} {N} {K}") or TABLES[kind][BM]
+    BN, warps, stages, each = tuned(device).get(f"{BM} {weights * N} {K}") or TABLES[kind][BM]
     tiles = triton.cdiv(N, BN)
-    split = min(round(each * multiprocessors / tiles), K // COLUMNS, WORKSPACE // (N * BM))
+    split = min(round(each * multiprocessors / tiles), K // COLUMNS, WORKSPACE // (weights * N * BM))
     return BN, warps, stages, max(1, split)
 
 
