@@ -291,11 +291,13 @@ def main() -> None:
         found |= {"gb": round(gb, 2), "seconds": round(time.perf_counter() - start, 1)}
         print(json.dumps([found, {**bounds, "gb": 2.0}]))
         return
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINICHAT_KERNEL": "reference"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     table, passed = {}, True
     print("| row | found | bounds |\n| --- | --- | --- |")
     for name in (name for name in ROWS if name.startswith(args.only)):
         command = [sys.executable, "-W", "ignore", __file__, "--row", name]
+        # the plain CPU multiplies by the reference too
+        environment["MINICHAT_KERNEL"] = "reference" if "tiny" in name else ""
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
         if done.returncode:
             sys.exit(f"error: {name} failed with exit code {done.returncode}")

@@ -385,7 +385,7 @@ def run(function, args: tuple, kwargs: dict):
     plain = [_payload(x) for x in flat]
     shapes_only = RECORDER.dry or _PAYLOAD[0] == "meta"
     if shapes_only:  # host numbers in tensors' place go along as shapes
-        plain = [x.to("meta") if isinstance(x, Tensor) and not x.is_meta else x for x in plain]
+        plain = [_shape_of(x) if isinstance(x, Tensor) and not x.is_meta else x for x in plain]
     args_, kwargs_ = tree_unflatten(plain, spec)
     if shapes_only:
         kwargs_.pop("generator", None)
@@ -402,6 +402,11 @@ def run(function, args: tuple, kwargs: dict):
 
     outputs, out_spec = tree_flatten(found)
     return tree_unflatten([wrapped(x) for x in outputs], out_spec)
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    with torch.inference_mode(tensor.is_inference()):  # what is made of it has to be of its kind
+        return tensor.to("meta")
 
 
 def _factory(function, *args, **kwargs):

@@ -302,6 +302,18 @@ found(counts=graphs, same=all(there[n] == go("cpu", n) for n in there))""")
     assert found["counts"] == {"20": [4, 2], "400": [4, 25]}
 
 
+def test_attention_is_the_bridges_with_the_window_as_a_mask():
+    """Causal without one only where nothing is out of the window: that kernel has none."""
+    found = emulated("""
+from habana_frameworks.torch.hpex import kernels
+calls, plain = [], kernels.FusedSDPA.apply
+kernels.FusedSDPA.apply = staticmethod(lambda *a: calls.append([a[3] is None, a[5]]) or plain(*a))
+ids = torch.arange(3, 43)[None]
+same = [torch.equal(make(hpu)(ids[:, :n].to(hpu)).cpu(), make("cpu")(ids[:, :n])) for n in (16, 17, 40)]
+found(calls=calls, same=same)""")
+    assert found["calls"] == [[True, True]] * 2 + [[False, False]] * 4 and all(found["same"])
+
+
 def test_graphs_grow_with_the_buckets_of_prompts_not_with_their_lengths():
     """40 prompts: set-up, a chunk of 128, of 256 and of 512 tokens, the first token, decoding."""
     found = emulated(
