@@ -383,13 +383,14 @@ def load(args: argparse.Namespace, only_to_decode: bool = False):
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: bad input and failing disks are one line and exit code 2, Ctrl-C is 130."""
     try:
-        main()
+        try:
+            main()
+        finally:
+            told = _report()  # also of a run that failed
         if sys.stdout is not None:
             sys.stdout.flush()
-        if _emulated:
-            from minichat import lazy
-
-            sys.exit(lazy.finish(_emulated[0].max_graphs, _emulated[0].max_syncs))
+        if told:
+            sys.exit(told)
     except BrokenPipeError:  # `infer.py … | head` ends quietly
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
@@ -411,6 +412,17 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _report() -> int:
+    """What --emulate has seen, to standard error; 1 if a budget was passed."""
+    if not _emulated:
+        return 0
+    from minichat import lazy
+
+    if not lazy.RECORDER.graphs:  # it failed before
+        return 0
+    return lazy.finish(_emulated[0].max_graphs, _emulated[0].max_syncs)
 
 
 def _fail(message: str) -> int:

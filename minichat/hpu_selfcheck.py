@@ -3,9 +3,10 @@
     python -m minichat.hpu_selfcheck                        # the embedded model
     python -m minichat.hpu_selfcheck --model mistralai/Mistral-7B-v0.1
 
-It decodes and trains, and says whether graphs are still compiled after each shape was seen, whether operations fell
-back to the host, what the bridge's own operations and INT4 differ from plain ones, tokens/s and peak memory: one line
-of JSON on standard output, a verdict on standard error, exit code 1 if something is wrong.
+It decodes and trains, and says whether graphs are still compiled after each shape was seen, whether a replayed HPU
+graph gives the tokens of the same loop without one, whether operations fell back to the host, what the bridge's own
+operations and INT4 differ from plain ones, tokens/s and peak memory: one line of JSON on standard output, a verdict on
+standard error, exit code 1 if something is wrong.
 """
 
 import json
@@ -35,7 +36,7 @@ def counts() -> dict[str, int]:
 
 
 def decoding(model, new: int) -> dict:
-    """Prompts of several lengths of one bucket, twice: the second time nothing is compiled."""
+    """Prompts of several lengths of one bucket after a first one: nothing is compiled."""
     from minichat import device
     from minichat.generation import Sampling, decode
 
@@ -51,6 +52,24 @@ def decoding(model, new: int) -> dict:
     compiled = counts()["graph_compilation"] - before
     return {"compiled_after_warm_up": compiled, "tokens_per_s": round(rate, 1),
             "peak_gib": round(device.peak_memory_gib(model.device), 2)}  # fmt: skip
+
+
+def replays(model) -> dict:
+    """Tokens by an HPU graph and without one, past what its first call saw; and what is drawn is not one number."""
+    from unittest import mock
+
+    from minichat import device
+    from minichat.generation import Sampling, decode
+
+    def run(sampling) -> list[int]:
+        return [tokens[0] for tokens in decode(model, [[5, 6, 7]], 40, sampling, ())]
+
+    graphed, drawn = run(Sampling()), run(Sampling(temperature=50.0, seed=1))
+    again = run(Sampling(temperature=50.0, seed=1))
+    with mock.patch.object(device, "graph", lambda function, where, generators: function):
+        plain = run(Sampling())
+    return {"same_tokens_without_a_graph": graphed == plain, "same_draws_with_a_seed": drawn == again,
+            "different_draws": len(set(drawn))}  # fmt: skip
 
 
 def trains(model) -> dict:
@@ -80,7 +99,7 @@ def operations(where) -> dict:
     import torch
     import torch.nn.functional as F
 
-    from minichat import int4, model
+    from minichat import attention, int4, model
 
     def apart(a, b) -> float:
         return float((a.cpu().double() - b.double()).norm() / b.double().norm())
@@ -92,10 +111,28 @@ def operations(where) -> dict:
     expected = F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
     there = F.scaled_dot_product_attention(*(t.to(where) for t in (q, k, k)), is_causal=True, enable_gqa=True)
     found["plain_attention"] = apart(there, expected)
+    # as the model calls it: with a window, which a causal kernel without a mask would lose; and backward
+    places = torch.arange(64)[None]
+    band = attention.visible(places, places, 16)
+
+    def banded(where) -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = q.to(where).requires_grad_()
+        out = attention.attend(leaf, k.to(where), k.to(where), band.to(where))
+        out.square().sum().backward()
+        return out.detach(), leaf.grad
+
+    for name, there, here in zip(("attention_with_a_window", "its_gradient"), banded(where), banded("cpu")):
+        found[name] = apart(there, here)
     try:
         from habana_frameworks.torch.hpex.kernels import FusedSDPA
-        from habana_frameworks.torch.hpex.normalization import FusedRMSNorm
+        from habana_frameworks.torch.hpex.normalization import FusedClipNorm, FusedRMSNorm
 
+        clipped = [torch.nn.Parameter(torch.zeros_like(x).to(place)) for place in (where, "cpu")]
+        for parameter in clipped:
+            parameter.grad = x.to(parameter.device)
+        FusedClipNorm(clipped[:1], 1.0).clip_norm(clipped[:1])
+        torch.nn.utils.clip_grad_norm_(clipped[1:], 1.0)
+        found["FusedClipNorm"] = apart(clipped[0].grad, clipped[1].grad)
         found["FusedRMSNorm"] = apart(
             FusedRMSNorm.apply(x.to(where), torch.ones(256).to(where), 1e-5), norm(x).detach()
         )
@@ -116,6 +153,8 @@ def wrong(found: dict) -> list[str]:
     """What is not as it should be, a line each."""
     lines = [f"{part}: {found[part]['compiled_after_warm_up']} graphs were compiled after every shape was seen"
              for part in ("decoding", "training") if found[part]["compiled_after_warm_up"]]  # fmt: skip
+    lines += [f"HPU graphs: {name} is {value}" for name, value in found["replays"].items()
+              if not value or name == "different_draws" and value < 2]  # fmt: skip
     if found["cpu_fallback"]:
         lines.append(f"{found['cpu_fallback']} operations fell back to the host")
     for name, value in found["operations"].items():
@@ -133,7 +172,7 @@ def main() -> None:
     args.model = args.model or str(cli.BASE)
     model, _ = cli.load(args)
     found = {"model": args.model, "dtype": str(model.dtype), "operations": operations(model.device)}
-    found |= {"decoding": decoding(model, args.new_tokens), "training": trains(model)}
+    found |= {"decoding": decoding(model, args.new_tokens), "replays": replays(model), "training": trains(model)}
     found["cpu_fallback"] = counts()["cpu_fallback"]
     found["wrong"] = wrong(found)
     print(json.dumps(found))

@@ -21,10 +21,11 @@ import os
 import runpy
 import sys
 import threading
+import traceback
 import types
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from minichat.errors import BadInput
 
 aten = torch.ops.aten
 HOST_READS = ("aten._local_scalar_dense", "aten.equal", "aten.is_nonzero")
+READ = "a value goes to the host (item, float, if)"
 # their outputs' shapes follow from values, which the host has to wait for
 DYNAMIC = ("aten.nonzero", "aten.masked_select", "aten._unique2", "aten.unique_consecutive", "aten.unique_dim",
            "aten.repeat_interleave.Tensor", "aten.bincount")  # fmt: skip
@@ -59,6 +61,7 @@ class Graph:
     lines: tuple[str, ...]
     first: int  # the step, counted by mark_step, that it appeared in
     ended: str  # the line that ended it
+    held: dict[int, tuple] = field(default_factory=dict)  # what was still held at its end: shape, and who made it
     runs: int = 0
 
 
@@ -79,9 +82,10 @@ class Recorder:
 
     def __post_init__(self):
         self._nodes, self._lines, self._numbers = [], [], {}
-        self._outputs: list[weakref.ref] = []
+        self._outputs: list[tuple[weakref.ref, str]] = []
         self._id_dtype = None
         self.tape: list[tuple] | None = None  # of the HPU graph that is being recorded: what replay() takes
+        self.dry = False  # nothing is computed: see rehearse()
 
     def reset(self) -> None:
         """Forget what was so far, but not what lives on the device."""
@@ -97,17 +101,18 @@ class Recorder:
         """Which of this graph's tensors it is, in the order of their first use: the same program has the same."""
         return self._numbers.setdefault(tensor.number, len(self._numbers))
 
-    def output(self, tensor: "LazyTensor") -> None:
-        self._outputs.append(weakref.ref(tensor))
+    def output(self, tensor: "LazyTensor", line: str) -> None:
+        self._outputs.append((weakref.ref(tensor), line))
 
     def end(self, line: str) -> None:
         """The graph so far runs; what nobody holds any more is no output of it."""
         if self._nodes:
-            kept = tuple(i for i, ref in enumerate(self._outputs) if ref() is not None)
-            nodes = (*self._nodes, ("outputs", kept))
+            refs = ((i, ref(), made) for i, (ref, made) in enumerate(self._outputs))
+            held = {i: (tuple(tensor.shape), made) for i, tensor, made in refs if tensor is not None}
+            nodes = (*self._nodes, ("outputs", tuple(held)))
             name = hashlib.sha256(repr(nodes).encode()).hexdigest()[:8]
             if name not in self.graphs:
-                self.graphs[name] = Graph(name, nodes, (*self._lines, line), self.steps, line)
+                self.graphs[name] = Graph(name, nodes, (*self._lines, line), self.steps, line, held)
             self.graphs[name].runs += 1
             self.runs.append(name)
         self._nodes, self._lines, self._numbers, self._outputs = [], [], {}, []
@@ -118,15 +123,32 @@ class Recorder:
             self.graphs[name].runs += 1
             self.runs.append(name)
 
+    def rehearse(self, name: str, function: Callable) -> None:
+        """Tell if Python that was recorded as the graph `name` would be another graph by now: replays do not see it."""
+        outer = self._nodes, self._lines, self._numbers, self._outputs
+        self._nodes, self._lines, self._numbers, self._outputs = [], [], {}, []
+        self.tape, self.dry = [], True
+        try:
+            function()
+            old, nodes = self.graphs[name], (*self._nodes, self.graphs[name].nodes[-1])
+            if nodes != old.nodes:
+                at, words = difference(old, Graph(name, nodes, (*self._lines, old.lines[-1]), self.steps, ""))
+                self.advice[
+                    f"replays of an HPU graph keep what was recorded, and that was {words}", self._lines[at]
+                ] += 1
+        finally:
+            self.tape, self.dry = None, False
+            self._nodes, self._lines, self._numbers, self._outputs = outer
+
     def mark(self) -> None:
         self.end(caller())
         self.steps += 1
 
     def sync(self, what: str) -> None:
-        if self.tape is not None:
-            raise RuntimeError(f"{what} is not supported during HPU Graph capturing")
         line = caller()
         self.syncs[what, line] += 1
+        if self.tape is not None:
+            raise RuntimeError(f"{line}: {what}: is not supported during HPU Graph capturing")
         self.end(f"{line} (waits)")
 
     def upload(self) -> str:
@@ -163,7 +185,8 @@ _HIDDEN = (
     *(os.path.join(os.path.dirname(__file__), name) for name in ("device.py", "lazy_bridge.py")),
     "<frozen",
 )
-_known: dict[tuple, str | None] = {}
+_LIBRARY = ("site-packages" + os.sep, "dist-packages" + os.sep)
+_known: dict[tuple, tuple[str, bool] | None] = {}
 
 
 def shapes_alone() -> bool:
@@ -172,20 +195,25 @@ def shapes_alone() -> bool:
 
 
 def caller() -> str:
-    """The innermost line of the program's own that is running: not torch's, and not what calls the bridge for it."""
+    """The innermost line of the program that is running: not torch's, and not what calls the bridge for it. If that is
+    a library's, with the line of the program's own that called it."""
     main = threading.main_thread()
     # backward runs in a thread of its own, for the line that called it
     frame = sys._getframe(1) if threading.current_thread() is main else sys._current_frames().get(main.ident)
+    inner = None
     while frame is not None:
         key = frame.f_code, frame.f_lineno
         if key not in _known:
             file = frame.f_code.co_filename
-            own = not file.startswith(_HIDDEN)
-            _known[key] = f"{_short(file)}:{frame.f_lineno} {frame.f_code.co_name}" if own else None
-        if _known[key] is not None:
-            return _known[key]
+            where = f"{_short(file)}:{frame.f_lineno} {frame.f_code.co_name}"
+            _known[key] = None if file.startswith(_HIDDEN) else (where, any(part in file for part in _LIBRARY))
+        if (found := _known[key]) is not None:
+            where, of_a_library = found
+            if not of_a_library:
+                return where if inner is None else f"{inner} (from {where.split(' ')[0]})"
+            inner = inner or where
         frame = frame.f_back
-    return "?"
+    return inner or "?"
 
 
 def _short(file: str) -> str:
@@ -252,7 +280,7 @@ def _made(payload: Tensor, line: str) -> LazyTensor:
         what = f"{shape} {str(payload.dtype).removeprefix('torch.')} {line}"
         shared = _storages[key] = _Storage(key, storage.nbytes(), what)
     tensor.storage = shared
-    RECORDER.output(tensor)
+    RECORDER.output(tensor, line)
     return tensor
 
 
@@ -318,7 +346,7 @@ def run(function, args: tuple, kwargs: dict):
     name = str(function).removesuffix(".default")
     flat, spec = tree_flatten((args, kwargs))
     if name.startswith(HOST_READS):
-        RECORDER.sync(name)
+        RECORDER.sync(f"{name}: {READ}")
         return function(*(_read(x) if isinstance(x, LazyTensor) else x for x in args), **kwargs)
     if name == "aten._to_copy":
         source, device = args[0], kwargs.get("device")
@@ -355,11 +383,13 @@ def run(function, args: tuple, kwargs: dict):
         RECORDER.node(name, (_described(args), _described(sorted(kwargs.items(), key=lambda pair: pair[0]))), line)
     flat, spec = tree_flatten((args, kwargs))
     plain = [_payload(x) for x in flat]
-    if _PAYLOAD[0] == "meta":  # host numbers in tensors' place go along as shapes
-        plain = [x.to("meta") if isinstance(x, Tensor) and not x.is_meta else x for x in plain]
+    shapes_only = RECORDER.dry or _PAYLOAD[0] == "meta"
+    if shapes_only:  # host numbers in tensors' place go along as shapes
+        plain = [_shape_of(x) if isinstance(x, Tensor) and not x.is_meta else x for x in plain]
     args_, kwargs_ = tree_unflatten(plain, spec)
-    if _PAYLOAD[0] == "meta":
+    if shapes_only:
         kwargs_.pop("generator", None)
+        kwargs_ |= {"device": "meta"} if "device" in kwargs_ else {}
     found = function(*args_, **kwargs_)
     if RECORDER.tape is not None:
         RECORDER.tape.append((function, args_, kwargs_, found))
@@ -372,6 +402,15 @@ def run(function, args: tuple, kwargs: dict):
 
     outputs, out_spec = tree_flatten(found)
     return tree_unflatten([wrapped(x) for x in outputs], out_spec)
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    with torch.inference_mode(tensor.is_inference()):  # what is made of it has to be of its kind
+        return tensor.to("meta")
+
+
+def _factory(function, *args, **kwargs):
+    return run(function, args, kwargs)
 
 
 def _check(name: str, args: tuple) -> None:
@@ -436,6 +475,8 @@ class _GeneratorType(type):
 
 def replay(tape: Sequence[tuple]) -> None:
     """Run recorded operations over the tensors that they ran over before: no Python of the program's, no new tensor."""
+    if _PAYLOAD[0] == "meta":
+        return
     for function, args, kwargs, outputs in tape:
         inputs = {_storage(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
         for old, new in zip(tree_flatten(outputs)[0], tree_flatten(function(*args, **kwargs))[0]):
@@ -485,6 +526,10 @@ def install(payload: str = "cpu", newer: bool = True) -> Recorder:
 
     ops.impl("empty.memory_format", empty, "PrivateUse1")
     ops.impl("empty_strided", empty_strided, "PrivateUse1")
+    # torch makes these by resizing an empty tensor, which one that wraps another does not follow
+    for name in ("arange", "arange.start", "arange.start_step", "eye", "eye.m", "range", "range.step"):
+        overload = getattr(getattr(aten, name.split(".")[0]), name.partition(".")[2] or "default")
+        ops.impl(name, functools.partial(_factory, overload), "PrivateUse1")
     # the bridge's own, which torch would make of others: the CPU has its own too
     ops.impl("silu_backward", lambda *args: run(aten.silu_backward.default, args, {}), "PrivateUse1")
     ops.impl("_copy_from", lambda source, to, non_blocking=False: run(aten.copy_.default, (to, source), {}),
@@ -522,10 +567,31 @@ def difference(a: Graph, b: Graph) -> tuple[int, str]:
     if was != now:
         return at, f"{line}: {now} where it was {was}"
     if now == "outputs":
-        return at, f"{line}: other tensors are still held when the graph ends"
+        more, fewer = ([g.held[i] for i in g.held if i not in other.held] for g, other in ((b, a), (a, b)))
+        shape, made = (more or fewer)[0]
+        also = f" (and {len(more or fewer) - 1} more)" if len(more or fewer) > 1 else ""
+        is_held = "is still held" if more else "is held no longer"
+        return at, f"{line}: a tensor of {shape}{also} that {made} made {is_held} at its end: let go of it each time"
     was_flat, now_flat = tree_flatten(was_args)[0], tree_flatten(now_args)[0]
     changed = [f"{x} -> {y}" for x, y in zip(was_flat, now_flat) if x != y] or ["its arguments"]
-    return at, f"{line}: {now}: {', '.join(changed[:3])}"
+    return at, f"{line}: {now}: {', '.join(changed[:3])}{_remedy(was_args, now_args)}"
+
+
+def _remedy(was: tuple, now: tuple) -> str:
+    """What makes one graph of two that differ in the arguments of an operation."""
+    tensors = [[x for x in tree_flatten(args, is_leaf=_is_tensor)[0] if _is_tensor(x)] for args in (was, now)]
+    if [x[1] for x in tensors[0]] != [x[1] for x in tensors[1]]:
+        return "; a shape is a part of the graph: pad to a few"
+    if [x[2:] for x in tensors[0]] != [x[2:] for x in tensors[1]]:
+        return "; a type or a layout is a part of the graph: one throughout"
+    if tensors[0] != tensors[1]:
+        return "; it takes another tensor than before"
+    return "; a number is a part of the graph: give it as a tensor of the device"
+
+
+def _is_tensor(x) -> bool:
+    """Whether it is what _described() makes of a tensor of the device."""
+    return isinstance(x, tuple) and len(x) == 4 and isinstance(x[3], torch.dtype) and isinstance(x[1], tuple)
 
 
 def likeness(a: Graph, b: Graph) -> float:
@@ -553,6 +619,9 @@ def report(recorder: Recorder = RECORDER) -> str:
              f"{sum(recorder.syncs.values())} waits for the device; "
              f"{sum(recorder.uploads.values())} copies to it; "
              f"at most {recorder.peak / GIB:.2f} GiB on it"]  # fmt: skip
+    if graphs and not recorder.steps:
+        lines.append("no mark_step: graphs end only where the host waits; call it after backward, after the "
+                     "optimiser's step, once per token")  # fmt: skip
     lines += ["", "graph     runs  operations  first step  ended by"]
     shown = graphs if len(graphs) <= 24 else graphs[:20]
     lines += [f"{g.name}  {g.runs:4}  {len(g.nodes) - 1:10,}  {g.first:10,}  {g.ended}" for g in shown]
@@ -611,11 +680,16 @@ def main() -> int:
         return 2
     sys.argv = [args.script, *args.arguments]
     sys.path.insert(0, str(Path(args.script).parent))
-    code = 0
+    code = 1
     try:
         runpy.run_path(args.script, run_name="__main__")
+        code = 0
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # what is known by then is what one wants to see then
+        traceback.print_exc()
     return lazy.finish(args.max_graphs, args.max_syncs) or code
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from minichat import lazy
@@ -61,6 +61,7 @@ def wrap_in_hpu_graph(module, asynchronous=False, disable_tensor_cache=False, dr
     returned is overwritten by the next.
     """
     kept: dict[str, tuple] = {}
+    fresh: set[str] = set()  # recorded, and not replayed yet
     forward = module.forward
 
     def replayed(*args, **kwargs):
@@ -76,14 +77,19 @@ def wrap_in_hpu_graph(module, asynchronous=False, disable_tensor_cache=False, dr
                 outputs = forward(*args, **kwargs)
                 recorder.end(f"{lazy.caller()} (HPU graph)")
                 kept[key] = flat, outputs, recorder.tape, recorder.runs[before:]
+                fresh.add(key)
             finally:
                 recorder.tape = None
             return outputs
         static, outputs, tape, names = kept[key]
+        static_args, static_kwargs = tree_unflatten(static, spec)
         for to, new in zip(static, flat):
             if isinstance(to, Tensor) and to is not new:
                 to.copy_(new)
         recorder.end(lazy.caller())
+        if key in fresh and len(names) == 1:
+            recorder.rehearse(names[0], lambda: forward(*static_args, **static_kwargs))
+        fresh.discard(key)
         lazy.replay(tape)
         recorder.again(names)
         return outputs

@@ -77,8 +77,10 @@ def go(where):
     ring = torch.zeros(4, 16, device=where).index_copy_(0, torch.tensor([2, 0]).to(where), x[0, :2].detach())
     drawn = torch.rand(3, device=where, generator=torch.Generator().manual_seed(5))
     state = {k: v.cpu() for k, v in net.state_dict().items()}
+    made = [torch.arange(9, device=where), torch.arange(3, 9, 2, device=where), torch.eye(3, device=where)]
+    shapes = [tuple(x.shape) for x in made], [(x * x[:1]).tolist() for x in made]
     return [loss.item(), ring.cpu().tolist(), drawn.tolist(), [p.grad.cpu().tolist() for p in net.parameters()],
-            [v.tolist() for v in state.values()]]
+            [v.tolist() for v in state.values()], shapes]
 import torch.utils.checkpoint
 there = go("hpu")
 found(same=there == go("cpu"))""",
@@ -121,6 +123,7 @@ double = bridge.wrap_in_hpu_graph(Double())
 first = double(torch.ones(2).to(hpu))
 kept = first.clone()
 drawn = generator.get_state().tolist()
+double(torch.zeros(2).to(hpu))
 second = double(torch.full((2,), 5.0).to(hpu))
 drawn = drawn != generator.get_state().tolist()
 found(first=first.tolist(), second=second.tolist(), kept=kept.tolist(), calls=len(calls), total=total.tolist(),
@@ -128,7 +131,36 @@ found(first=first.tolist(), second=second.tolist(), kept=kept.tolist(), calls=le
         model=False,
     )
     assert found["first"] == found["second"] == [10, 10] and found["kept"] == [2, 2]
-    assert found["calls"] == 1 and found["total"] == [6, 6] and found["drawn"]
+    assert found["calls"] == 2  # recorded, and rehearsed once: replays run no Python
+    assert found["total"] == [6, 6] and found["drawn"]
+
+
+def test_python_that_changes_inside_an_hpu_graph_is_told():
+    """A real one would go on with the number of the first time, and say nothing."""
+    found = emulated(
+        """
+import habana_frameworks.torch.hpu as bridge
+class Net(torch.nn.Module):
+    n = 0
+    def forward(self, x):
+        self.n += self.moves
+        return x[self.n :] * torch.rand(8, device=hpu)[self.n :] + torch.arange(8, device=hpu)[self.n :]
+found_ = {}
+for moves in (0, 1):
+    net = Net()
+    net.moves = moves
+    torch.manual_seed(0)
+    wrapped, x = bridge.wrap_in_hpu_graph(net), torch.ones(8).to(hpu)
+    first = [wrapped(x).tolist() for _ in range(4)]
+    torch.manual_seed(0)
+    found_[moves] = (first == [(torch.rand(8)[moves:] + torch.arange(moves, 8)).tolist() for _ in range(4)], net.n)
+found(found=found_)""",
+        model=False,
+    )
+    assert found["found"] == {"0": [True, 0], "1": [True, 2]}
+    assert list(found["advice"].values()) == [1]
+    assert "<string>:18 forward: replays of an HPU graph keep what was recorded" in found["report"]
+    assert "aten.slice.Tensor: 1 -> 2" in found["report"], found["report"]
 
 
 def test_an_hpu_graph_holds_no_reads_and_no_copies_from_the_host():
@@ -148,7 +180,8 @@ except RuntimeError as error: told.append(str(error))
 found(told=told)""",
         model=False,
     )
-    assert [words.split(" ")[0] for words in found["told"]] == ["aten._local_scalar_dense", "the"]
+    assert [words.split(": ")[1] for words in found["told"][:1]] == ["aten._local_scalar_dense"]
+    assert "torch.Generator() draws" in found["told"][1]
     assert [line for line in found["advice"] if "replays keep" in line]
 
 
@@ -267,6 +300,18 @@ for n in (20, 400):
 found(counts=graphs, same=all(there[n] == go("cpu", n) for n in there))""")
     assert found["same"]
     assert found["counts"] == {"20": [4, 2], "400": [4, 25]}
+
+
+def test_attention_is_the_bridges_with_the_window_as_a_mask():
+    """Causal without one only where nothing is out of the window: that kernel has none."""
+    found = emulated("""
+from habana_frameworks.torch.hpex import kernels
+calls, plain = [], kernels.FusedSDPA.apply
+kernels.FusedSDPA.apply = staticmethod(lambda *a: calls.append([a[3] is None, a[5]]) or plain(*a))
+ids = torch.arange(3, 43)[None]
+same = [torch.equal(make(hpu)(ids[:, :n].to(hpu)).cpu(), make("cpu")(ids[:, :n])) for n in (16, 17, 40)]
+found(calls=calls, same=same)""")
+    assert found["calls"] == [[True, True]] * 2 + [[False, False]] * 4 and all(found["same"])
 
 
 def test_graphs_grow_with_the_buckets_of_prompts_not_with_their_lengths():
