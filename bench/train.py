@@ -117,8 +117,8 @@ def theirs(what: str, folder: Path, items: list, steps: int, strategy: str, stor
     common = dict(
         output_dir=str(folder / "out"), max_steps=steps, per_device_train_batch_size=BATCH[what], learning_rate=LR,
         lr_scheduler_type="cosine", warmup_steps=0, max_grad_norm=1.0, adam_epsilon=EPS, weight_decay=0.0,
-        logging_steps=1, save_strategy="no", bf16=False, use_cpu=True, report_to=[], disable_tqdm=True, optim="adamw_torch",
-        train_sampling_strategy=strategy, remove_unused_columns=what == "dpo", seed=42,
+        logging_steps=1, save_strategy="no", bf16=False, use_cpu=True, report_to=[], disable_tqdm=True,
+        optim="adamw_torch", train_sampling_strategy=strategy, remove_unused_columns=what == "dpo", seed=42,
     )  # fmt: skip
     if what == "sft":
         model = peft.get_peft_model(model, lora)

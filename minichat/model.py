@@ -220,14 +220,15 @@ class Decoder(nn.Module):
         ids: Tensor,
         positions: Tensor | None = None,
         cache=None,
-        documents: list[int] | Tensor | None = None,
+        documents: list[tuple[int, ...]] | Tensor | None = None,
     ) -> Tensor:
         """(B, T) ids -> (B, T, D), after the last norm.
 
         positions: (B, T) int64, -1 for padding; None is 0, 1, 2, … in every row (padding on the right does no harm:
         no token sees what follows it). cache: a KVCache that these tokens continue; it needs positions.
         documents: of packed rows, whose documents do not see each other: the lengths of those in the only row, whose
-        positions follow; or, where shapes have to be static, (B, T) the number of each token's, with positions.
+        positions follow (attention.Documents); or, where shapes have to be static, (B, T) the number of each token's
+        (attention.FORKS), with positions.
         """
         config, window = self.config, self.config.sliding_window
         implicit = positions is None
@@ -241,7 +242,9 @@ class Decoder(nn.Module):
         elif implicit and (window is None or ids.shape[1] <= window):
             view = None
         else:
-            view = View(positions, positions, window, ordered=True, consecutive=implicit, doc=documents)
+            # in a packed row, what continues a trunk is further from it by columns than by positions
+            ordered = documents is None
+            view = View(positions, positions, window, ordered, consecutive=implicit, doc=documents)
         x = self.embed_tokens(ids).to(self.norm.weight.dtype)  # the table may be held in half of it
         cos, sin = rotary(positions, config.head_dim, config.rope_theta, x.dtype)
         for block in self.layers:

@@ -88,15 +88,16 @@ def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, 
         return sums
 
     def objective(model, tensors):
-        policy = logps(model, tensors)
         if reference_free:
-            reference = torch.zeros_like(policy)
+            reference = torch.zeros(2 * len(tensors["pairs"]), device=tensors["pairs"].device)
         elif "reference" in tensors:
             reference = tensors["reference"]
         else:
-            # dropout off as well: the reference is the model as it was, not a sample of it
+            # dropout off as well: the reference is the model as it was, not a sample of it; first, while no activations
+            # are kept
             with torch.no_grad(), lora.disabled(model):
                 reference = logps(model, tensors)
+        policy = logps(model, tensors)
         (chosen, rejected), (ref_chosen, ref_rejected) = policy.chunk(2), reference.chunk(2)
         each, good, bad = losses.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind, label_smoothing)
         return {
