@@ -116,7 +116,10 @@ class Documents:
                 found.append(attention(q[:, :, at], keys, values, self.view(n, trunk + n)))
                 end += n
             start = end
-        return torch.cat(found, dim=2)
+        if len(found) == 1:
+            return found[0]
+        # put together as (B, T, H, Hd), which is how the next linear wants them: no other copy
+        return torch.cat([x.transpose(1, 2) for x in found], dim=1).transpose(1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, view: View | Documents | None) -> Tensor:
