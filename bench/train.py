@@ -1,6 +1,6 @@
 """Training: ours beside transformers + peft and trl, in one run, in turn.
 
-    python bench/train.py --record               # a model of 110 M weights on the CPU; about 30 minutes on 2 cores
+    python bench/train.py --record               # a model of 110 M weights on the CPU; about 20 minutes on 2 cores
 
 Of Mistral's proportions, random weights in fp32, LoRA of rank 16 on every linear. SFT against transformers' Trainer
 with peft (padded to the longest of a batch, grouped by length), DPO against trl's DPOTrainer as its documentation runs
@@ -204,7 +204,7 @@ def spread(values: list[float]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10, help="optimiser steps of a measurement")
+    parser.add_argument("--steps", type=int, default=5, help="optimiser steps of a measurement")
     parser.add_argument("--only", choices=["sft", "dpo"], help="one of the two")
     parser.add_argument("--no-check", action="store_true", help="leave out the comparison of losses")
     parser.add_argument("--record", action="store_true", help="write bench/results/train-cpu.json")
