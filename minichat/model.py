@@ -1,5 +1,6 @@
 """Mistral, from its config.json: module names are Hugging Face's, so weights need no key map."""
 
+import itertools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from minichat.attention import Documents, View, attention, rotary, rotate
 from minichat.errors import BadInput
 
+AGAIN = ("attention", "mlp", "block")  # of a block: what gradient checkpointing can compute again
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")  # the same block where neither biases nor RoPE scaling are
 
 
@@ -237,9 +239,23 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+        self.again = ""  # what backward computes again, so that forward need not keep it: a name of AGAIN
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, view, cache)
+        x = _kept(self._attention, x, cos, sin, view, cache, again=self.again == "attention")
+        return _kept(self._mlp, x, again=self.again == "mlp")
+
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
+        return x + self.self_attn(self.input_layernorm(x), cos, sin, view, cache)
+
+    def _mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def _kept(function, *args, again: bool) -> Tensor:
+    """function(*args), keeping what its backward needs, or only args to compute it again."""
+    again = again and torch.is_grad_enabled()
+    return checkpoint(function, *args, use_reentrant=False) if again else function(*args)
 
 
 class Decoder(nn.Module):
@@ -251,7 +267,13 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False
+
+    def compute_again(self, *names: str) -> None:
+        """What backward computes again, a name of AGAIN for each of the first blocks, or one for all of them; "" for
+        the others."""
+        names = names * len(self.layers) if len(names) == 1 else names
+        for block, name in itertools.zip_longest(self.layers, names, fillvalue=""):
+            block.again = name
 
     def forward(
         self,
@@ -286,10 +308,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(ids).to(self.norm.weight.dtype)  # the table may be held in half of it
         cos, sin = rotary(positions, config.head_dim, config.rope_theta, x.dtype)
         for block in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, view, cache, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, view, cache)
+            x = _kept(block, x, cos, sin, view, cache, again=block.again == "block")
         return self.norm(x)
 
 

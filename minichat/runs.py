@@ -8,11 +8,27 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from minichat import chat, checkpoint, cli, data, distributed, files, lora, metrics, sources, store, training, weights
+from minichat import (
+    chat,
+    checkpoint,
+    cli,
+    data,
+    device,
+    distributed,
+    files,
+    lora,
+    metrics,
+    plan,
+    sources,
+    store,
+    training,
+    weights,
+)
 from minichat.assets import sums
 from minichat.errors import BadInput
 from minichat.examples import Dpo, Report, Sft
@@ -22,7 +38,8 @@ from minichat.tokenizer import Tokenizer
 EMBEDDED = {"sft": ("sft", 5000), "dpo": ("pairs", 1000)}  # without --data: kind and number of records
 # flags that do not decide a run's numbers, or whose content is compared instead
 NOT_DECIDING = ("out", "overwrite", "resume", "save_every", "keep", "log_every", "log", "device", "emulate",
-                "max_graphs", "max_syncs", "save_dtype", "gradient_checkpointing", "strict", "model", "template",
+                "max_graphs", "max_syncs", "save_dtype", "gradient_checkpointing", "memory_budget", "tflops", "plan",
+                "strict", "model", "template",
                 "format", "data", "eval_data", "eval_split")  # fmt: skip
 
 
@@ -32,8 +49,6 @@ def say(text: str) -> None:
 
 def new_model(args: argparse.Namespace) -> tuple[Mistral, Tokenizer]:
     """Random weights of the shape that --from-config says, and the tokenizer beside it."""
-    from minichat import device
-
     folder = Path(args.from_config)
     if not folder.is_dir():
         raise BadInput(f"--from-config {folder}: no such folder")
@@ -115,15 +130,10 @@ def train(
             f"{tokenizer.folder} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: added tokens "
             "need rows in the embedding; resize it, or take the tokenizer without them"
         )
-    model.model.gradient_checkpointing = args.gradient_checkpointing
+    model.model.compute_again(args.gradient_checkpointing or "")
     if args.full and model.scheme is not None:
         raise BadInput(f"{args.model} is quantised: --full trains float weights; train an adapter, without --full")
-    if args.full:
-        model.requires_grad_(True)
-    else:
-        lora.freeze(model)  # adapters over INT4 weights stay beside them, and this one goes over them
-        targets = [name.strip() for name in args.lora_targets.split(",") if name.strip()]
-        lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
+    prepare(args, model)
     stop_ids, _ = chat.stops(encoder.template, tokenizer)
     with distributed.first_alone():  # others find in the cache what it has tokenised
         items, eval_items, bad = read_data(args, encoder, what)
@@ -148,6 +158,11 @@ def train(
         log_every=args.log_every,
         eval_every=args.eval_every,
     )
+    if args.plan or args.tflops or args.memory_budget:
+        planned, useful = make_plan(args, model, method, items, settings)
+        model.model.compute_again(*planned.again)
+    if args.plan:
+        return
     if args.full and what == "dpo" and not args.reference_free:
         say("full fine-tuning: the reference's log-probs, once")
         for mix in (items, eval_items):
@@ -181,7 +196,7 @@ def train(
         folder = args.out if first else None
         with metrics.Metrics(folder, total, what, bool(found), followers) as log, saved.stopping():
             try:
-                training.fit(model, method, items, settings, log, eval_items, saved, bool(found))
+                last = training.fit(model, method, items, settings, log, eval_items, saved, bool(found))
             except checkpoint.Stopped as stopped:
                 if first:
                     draw(args.out)
@@ -196,6 +211,12 @@ def train(
         distributed.stop()
         if first:
             draw(args.out)
+        if args.tflops:
+            share = last["tokens_per_s"] * useful / args.tflops / 1e12
+            say(
+                f"measured: {last['tokens_per_s']:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; peak "
+                f"{device.peak_memory_gib(model.device):.2f} GiB, planned {planned.peak / plan.GIB:.2f}"
+            )
         say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
 
 
@@ -208,6 +229,43 @@ def begin(args: argparse.Namespace, what: str, resumes: bool, bad: Sequence[str]
         sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
     if bad:
         (args.out / "bad-records.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
+
+
+def prepare(args: argparse.Namespace, model: Mistral) -> None:
+    """Say what trains."""
+    if args.full:
+        model.requires_grad_(True)
+        return
+    lora.freeze(model)  # adapters over INT4 weights stay beside them, and this one goes over them
+    targets = [name.strip() for name in args.lora_targets.split(",") if name.strip()]
+    lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
+
+
+def make_plan(
+    args: argparse.Namespace, model: Mistral, method: training.Method, items: data.Mix, settings: training.Settings
+) -> tuple[plan.Plan, float]:
+    """What the run will need, said on standard error; and FLOP per token without what is computed again (for MFU)."""
+    where = torch.device("cpu") if model.device.type == "meta" else model.device
+    batch = training.largest(items, settings, method, where)
+    if args.full and "pairs" in batch.tensors:  # a reference that is computed before
+        batch.tensors["reference"] = torch.zeros(2 * len(batch.tensors["pairs"]))
+
+    def of(again: Sequence[str]) -> plan.Plan:
+        return plan.make(
+            model.config, model.scheme, model.dtype, lambda m: prepare(args, m), method, batch, args.accumulate, again
+        )
+
+    if args.memory_budget:
+        found = plan.choose(args.memory_budget, model.config.num_hidden_layers, of)
+    else:
+        found = of([args.gradient_checkpointing or ""])
+    say(f"plan: {found}")
+    steps = training.count_steps(items, settings)
+    tokens = sum(items.lengths()) / training.count_steps(items, replace(settings, steps=None, epochs=1)) * steps
+    flops = tokens * found.flops_per_token
+    hours = f", {flops / args.tflops / 3.6e15:.2f} h at {args.tflops:g} TFLOP/s" if args.tflops else ""
+    say(f"plan: {steps:,} steps, {tokens / 1e6:,.2f} M tokens, {flops / 1e15:,.3f} PFLOP{hours}")
+    return found, (of([""]) if any(found.again) else found).flops_per_token
 
 
 def describe_run(args: argparse.Namespace, model: Mistral, encoder: Sft | Dpo, parts: dict[str, list]) -> dict:

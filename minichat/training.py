@@ -278,6 +278,15 @@ def count_steps(items: data.Mix, settings: Settings) -> int:
     return sum(map(count, range(int(whole)))) + (math.ceil(count(int(whole)) * rest) if rest else 0)
 
 
+def largest(items: data.Mix, settings: Settings, method: Method, where: torch.device) -> data.Batch:
+    """The micro-batch of the first epoch that has the most tokens."""
+    known = items.lengths()
+    batches = (rows for step in order(items, settings, 0) for rows in step)
+    rows = max(batches, key=lambda rows: sum(known[i] for row in rows for i in row))
+    full = _full([[items[j] for j in row] for row in rows], settings, where)
+    return method.batch(full, device.padding(where))
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, method: Method, items: Sequence, settings: Settings) -> dict[str, float]:
     """The method's means over all items, with dropout off."""

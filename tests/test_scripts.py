@@ -271,7 +271,8 @@ def test_flags_reach_the_loop(run, files, tmp_path, monkeypatch, script):
     assert dataclasses.asdict(seen["fit"]["settings"]) == {**SETTINGS, "pack": pack}
     assert not SETTINGS.items() & dataclasses.asdict(training.Settings()).items()
     model, attached = seen["fit"]["model"], seen["attach"]
-    assert model.model.gradient_checkpointing and len(seen["fit"]["eval_items"]) == len(seen["fit"]["items"]) == 24
+    assert {block.again for block in model.model.layers} == {"block"}
+    assert len(seen["fit"]["eval_items"]) == len(seen["fit"]["items"]) == 24
     wanted = dict(r=4, alpha=9, dropout=0.25, targets=["q_proj", "v_proj"], rslora=True, seed=7)
     assert attached["model"] is model and {key: attached[key] for key in wanted} == wanted
     loaded = dict(source="model", device="cpu", dtype=torch.bfloat16, int4=Scheme(8, 64, symmetric=False), adapter=None,

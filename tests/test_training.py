@@ -311,7 +311,7 @@ def test_gradient_checkpointing_gives_the_same_weights():
     """Bit for bit, with dropout: what is computed again drops the same."""
     for method, items in ((training.sft(), examples()), (training.dpo(), pairs())):
         models = [adapted(dropout=0.2) for _ in range(2)]
-        models[1].model.gradient_checkpointing = True
+        models[1].model.compute_again("block")
         runs = [], []
         for model, seen in zip(models, runs):
             model.model.layers[0].register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
