@@ -65,8 +65,10 @@ def make(
     batch: data.Batch,
     accumulate: int = 1,
     again: Sequence[str] = ("",),
+    eight_bit: bool = False,
 ) -> Plan:
     """Run a step of this batch without values. prepare: says what trains. again: as Decoder.compute_again takes it.
+    eight_bit: the optimiser's moments.
 
     The model is on the CPU as far as torch can tell, so that attention keeps no scores; INT4 is the reference kernel's.
     """
@@ -77,7 +79,7 @@ def make(
         model.model.compute_again(*again)
         trained = [p for p in model.parameters() if p.requires_grad]
         live.part = "optimiser"
-        optimizer = optim.AdamW(model)
+        optimizer = optim.AdamW(model, eight_bit=eight_bit)
         hooks = [(model.model, "activations"), (model.lm_head, "logits")]
         for module, part in hooks:
             module.register_forward_pre_hook(lambda *_, part=part: setattr(live, "part", part))
