@@ -209,6 +209,10 @@ def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_si
     group.add_argument("--clip", type=float, default=1.0, help="total gradient norm, 0: no clipping")
     group.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999], metavar=("BETA1", "BETA2"), help="AdamW's")
     group.add_argument("--eps", type=float, default=1e-8, help="AdamW's epsilon")
+    group.add_argument("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit holds its "
+                       "moments in 8 bits: a quarter of the memory, other numbers")  # fmt: skip
+    group.add_argument("--offload-optimizer", action="store_true", help="hold the moments on the host: slower, same "
+                       "numbers")  # fmt: skip
     group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, matrices only")
     group.add_argument("--gradient-checkpointing", nargs="?", const="block", choices=["attention", "mlp", "block"],
                        metavar="WHAT", help="compute the activations of every attention, mlp or (without a word) whole "
