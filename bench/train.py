@@ -263,7 +263,7 @@ def part_of_gpu(part: str, tiny: bool) -> dict:
     kind, _, length = part.partition("-")
     length = min(int(length or 0), 256) if tiny else int(length or 0)
     run = {"sft": ours_on_gpu, "full": ours_on_gpu, "dpo": ours_on_gpu, "peer": peer_on_gpu}[kind]
-    for rows in (8, 4, 2, 1):
+    for rows in (4, 2, 1) if kind == "dpo" else (8, 4, 2, 1):
         try:
             found = {"rows": rows, **run(kind, length, rows, where)}
             break
@@ -294,7 +294,7 @@ def ours_on_gpu(kind: str, length: int, rows: int, where) -> dict:
     settings = training.Settings(steps=STEPS, batch_size=rows, pack=length or None, lr=5e-5, warmup=0, log_every=1)
     method, items = training.sft(), None
     if kind == "dpo":  # 16 pairs a step
-        settings.batch_size, settings.accumulate, method = min(rows, 4), 16 // min(rows, 4), training.dpo()
+        settings.accumulate, method = 16 // rows, training.dpo()
         items = records("dpo", 16 * STEPS)
     else:
         settings.optimizer = "adamw8bit" if kind == "full" else "adamw"

@@ -72,6 +72,7 @@ def make(
 
     The model is on the CPU as far as torch can tell, so that attention keeps no scores; INT4 is the reference kernel's.
     """
+    again = [*again] * config.num_hidden_layers if len(again) == 1 else again
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live, _a_chunk_of_each_weight():
         model = _imagined(config, scheme, dtype)
         live.part = "adapters"
