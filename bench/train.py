@@ -362,7 +362,7 @@ def gpu(tiny: bool) -> dict:
     for part in PARTS:
         if time.perf_counter() - start > SECONDS:
             break
-        command = [sys.executable, "-W", "ignore", __file__, "--work", part, *(["--tiny"] if tiny else [])]
+        command = [sys.executable, "-W", "ignore", __file__, "--gpu", "--work", part, *(["--tiny"] if tiny else [])]
         left = max(10, SECONDS + 50 - (time.perf_counter() - start))
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=left)
@@ -417,7 +417,7 @@ def main() -> None:
     parser.add_argument("--who", help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.work in PARTS:
+    if args.work and args.gpu:
         print(json.dumps(part_of_gpu(args.work, args.tiny)))
         return
     if args.work:
