@@ -30,6 +30,7 @@ LAYERS = [
     {"examples", "weights", "generation"},
     {"data", "store", "checkpoint", "packed"},
     {"training"},
+    {"plan"},
     {"cli", "runs", "converse", "evaluate", "harness", "hpu_selfcheck", "tune", "assets"},
 ]
 # within a layer: who may import whom
