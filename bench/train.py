@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -441,6 +442,7 @@ def main() -> None:
                 continue
             both = [measure(what, who, folder, CHECKED, check=True)["losses"] for who in ("ours", "theirs")]
             apart[what] = max(abs(a - b) for a, b in zip(*both, strict=True))
+            apart["commit"] = commit()
             print(f"{what}: losses of {CHECKED} steps differ by at most {apart[what]:.1e}", flush=True)
             known.write_text(json.dumps(apart))
         rounds = [
@@ -463,6 +465,11 @@ def main() -> None:
         write("cpu", {**found, "ratios": ratios})
 
 
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def write(name: str, found: dict) -> None:
     """bench/results/train-NAME.json."""
     from importlib.metadata import PackageNotFoundError, version
@@ -476,12 +483,10 @@ def write(name: str, found: dict) -> None:
             versions[library] = version(library)
         except PackageNotFoundError:
             continue
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     card = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    flag = {"cpu": "", "plan": " --plan", "cuda": " --gpu"}[name]
     content = {
-        "command": f"python bench/train.py --record{flag}",
-        "commit": commit.strip(),
+        "command": f"python {shlex.join(sys.argv)}",
+        "commit": commit(),
         "machine": f"{card}{cpu()}, {os.cpu_count()} cores",
         "versions": versions,
         **found,
