@@ -323,7 +323,7 @@ def test_graphs_grow_with_the_buckets_of_prompts_not_with_their_lengths():
         """
 model = make(hpu, window=None, layers=1)
 R.reset()
-for n in range(1, 4001, 260):
+for n in range(1, 4001, 230):
     list(generation.decode(model, [[5] * n], 2, generation.Sampling(), ()))
 found()""",
         "meta",
