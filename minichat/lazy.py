@@ -595,19 +595,22 @@ def _is_tensor(x) -> bool:
 
 
 def likeness(a: Graph, b: Graph) -> float:
-    """The share of operations that are the same, place by place."""
-    same = sum(x == y for (x, _), (y, _) in zip(a.nodes, b.nodes))
-    return same / max(len(a.nodes), len(b.nodes))
+    """The share of operations that are the same, in any order: one more at the beginning moves all others."""
+    names = [Counter(name for name, _ in graph.nodes) for graph in (a, b)]
+    return (names[0] & names[1]).total() / max(len(a.nodes), len(b.nodes))
 
 
 def relatives(graphs: Sequence[Graph]) -> list[tuple[Graph, Graph, str]]:
     """For each graph but the first, the earlier one that it is most like, if half of it is the same; what differs."""
     found = []
     for i, graph in enumerate(graphs[1:], 1):
-        ranked = [(likeness(other, graph), difference(other, graph)[0], other) for other in graphs[max(0, i - 32) : i]]
-        share, _, nearest = max(ranked, key=lambda x: x[:2])
-        if share >= 0.5:
-            found.append((nearest, graph, difference(nearest, graph)[1]))
+        ranked = []
+        for other in graphs[max(0, i - 32) : i]:
+            if (share := likeness(other, graph)) >= 0.5:
+                ranked.append((round(share, 1), *difference(other, graph), other))
+        if ranked:
+            _, _, words, nearest = max(ranked, key=lambda x: x[:2])  # of those as like: the longest beginning
+            found.append((nearest, graph, words))
     return found
 
 
