@@ -21,8 +21,9 @@ endif
 demo: $(VENV)/plots
 	$(PY) bench/demo.py
 
+# each process takes one thread, so as many as there are cores; a file's tests stay together
 test: $(VENV)/test
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 # what only a card can show: with .venv where it is, else with PYTHON as it is, which needs torch, triton and pytest
 test-gpu:
