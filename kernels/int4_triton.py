@@ -143,7 +143,7 @@ def prefetch(codes, rows, g, N, K, BN: tl.constexpr, COUNT: tl.constexpr):
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
             "=r,l",
-            [(at + i * 512).to(tl.int64)],
+            [(at + tl.minimum(i, K // 128 - 1 - g) * 512).to(tl.int64)],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -182,6 +182,7 @@ def linear_kernel(
     if NORM:
         p = tl.arange(0, PARTS)
         squared = tl.load(squares + p[:, None] * M + m[None, :], mask=(p[:, None] < parts) & seen, other=0.0)
+        squared = tl.sum(squared, axis=0)
     sums = tl.zeros((BN, BM), tl.float32)
     gated = tl.zeros((BN, BM), tl.float32)
     tokens = x + m[None, :] * K + tl.arange(0, 32 if BITS == 4 else 128)[:, None]
@@ -211,7 +212,7 @@ def linear_kernel(
                 gated += tl.load(at + s * size + BN * BM, mask=seen, other=0.0, cache_modifier=".cg")
         tl.store(arrived + tile, 0)
     if NORM:
-        root = tl.rsqrt(tl.sum(squared, axis=0) / K + eps)
+        root = tl.rsqrt(squared / K + eps)
         sums *= root[None, :]
         gated *= root[None, :]
     seen &= (rows < N)[:, None]
@@ -394,7 +395,7 @@ def tiling(device: torch.device, M: int, N: int, K: int, weights: int = 1) -> tu
     BM = max(8, triton.next_power_of_2(M))
     BN, warps, stages, each = tuned(device).get(f"{BM} {weights * N} {K}") or TABLES[kind][BM]
     tiles = triton.cdiv(N, BN)
-    split = min(round(each * multiprocessors / tiles), K // COLUMNS, WORKSPACE // (weights * N * BM))
+    split = min(round(each * multiprocessors / tiles), K // COLUMNS, WORKSPACE // (weights * tiles * BN * BM))
     return BN, warps, stages, max(1, split)
 
 

@@ -36,7 +36,7 @@ def rotated(x, d, cos, sin, HALF: tl.constexpr):
     return (a * cos + tl.where(d < HALF, -b, b) * sin).to(x.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])  # it is another number for every answer
 def attention_kernel(
     qkv, cos, sin, keys, values, positions, now, column, out, partial, arrived, slots, window, scale,
     KVH: tl.constexpr, GROUP: tl.constexpr, HD: tl.constexpr, SPLIT: tl.constexpr, BS: tl.constexpr,
@@ -141,6 +141,7 @@ def attend(
     group = qkv.shape[1] // Hd // KvH - 2
     _, multiprocessors = int4_triton.card(keys.device)
     split = max(1, min(2 * multiprocessors // (B * KvH), triton.cdiv(slots, KEYS)))
+    split = 1 << (split.bit_length() - 1)  # few numbers: each is compiled
     partial, arrived = int4_triton.workspace(keys.device)
     pdl = int4_triton.programmatic(keys.device)
     with int4_triton.on(keys):

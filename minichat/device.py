@@ -4,6 +4,7 @@ Nothing is probed when this module is imported; Gaudi's bridge is imported only 
 """
 
 import ctypes
+import functools
 import math
 import mmap
 import os
@@ -43,7 +44,7 @@ def pick(name: str | torch.device | None = None) -> torch.device:
             raise BadInput(f"device {name!r} is not there: torch {torch.__version__} sees no GPU; try --device cpu")
         if int(index or 0) >= torch.cuda.device_count():
             raise BadInput(f"device {name!r} is not there: {torch.cuda.device_count()} GPU(s), numbered from 0")
-        return torch.device("cuda", _local(None) if index is None else int(index))
+        return torch.device("cuda", _local(torch.cuda.current_device()) if index is None else int(index))
     if kind == "hpu":
         _bridge(required=True)
     return torch.device(name)
@@ -106,12 +107,17 @@ def graph(function: Callable, device: torch.device, generators: Sequence[torch.G
     return function
 
 
+@functools.cache  # libraries keep a workspace for each
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
 class _CudaGraphs:
     """graph() on CUDA: a graph for each kind of inputs."""
 
     def __init__(self, function: Callable, device: torch.device, generators: Sequence[torch.Generator]):
         self.function, self.device, self.generators = function, device, generators
-        self.stream, self.pool = torch.cuda.Stream(device), None
+        self.stream, self.pool = _side_stream(device), None
         self.kinds: dict[tuple, list] = {}  # static inputs, and once it is recorded the graph and its outputs
 
     def __call__(self, *inputs: torch.Tensor):
@@ -290,7 +296,7 @@ def fetch(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
     there = torch.cuda.Event()
-    there.record()
+    there.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> torch.Tensor:
         there.synchronize()

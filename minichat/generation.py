@@ -180,7 +180,7 @@ def decode(
         if unread == every or made == max_new_tokens:
             fetched.append(readings.fetch(unread))
             unread = 0
-        while len(fetched) > (device.reads_behind(where) if made < max_new_tokens else 0):
+        while len(fetched) > (device.reads_behind(where) if 1 < made < max_new_tokens else 0):
             for tokens in fetched.popleft()():
                 tokens = tokens[: len(prompts)]
                 yield tokens

@@ -302,8 +302,10 @@ class Decoder(nn.Module):
             positions = view.positions
         elif begun or (cache is not None and not implicit):
             view = View(positions, seen, window, ordered=False)
-        elif implicit and (window is None or ids.shape[1] <= window):
+        elif implicit and (window is None or ids.shape[1] <= window) and (cache is None or seen.shape == ids.shape):
             view = None
+        elif cache is not None and seen.shape != ids.shape:  # a single token, of whose ring all slots are read
+            view = View(positions, seen, window, ordered=False)
         else:
             # in a packed row, what continues a trunk is further from it by columns than by positions
             ordered = documents is None

@@ -56,8 +56,10 @@ def test_auto_is_the_cpu_where_nothing_else_is(monkeypatch):
 def test_a_named_device_is_that_device(bridge, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name in ("cuda", "cuda:1", "hpu"):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name in ("cuda:1", "hpu"):
         assert device.pick(name) == device.pick(torch.device(name)) == torch.device(name)
+    assert device.pick("cuda") == torch.device("cuda:0")  # with its number: one card has one name
     with pytest.raises(BadInput, match="2 GPU"):
         device.pick("cuda:2")
 
@@ -87,7 +89,7 @@ def test_each_of_several_processes_has_a_card(bridge, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (device.pick("cuda"), device.pick("auto")) == (torch.device("cuda"), torch.device("cuda:0"))
+    assert (device.pick("cuda"), device.pick("auto")) == (torch.device("cuda:0"), torch.device("cuda:0"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert device.pick("cuda") == device.pick("auto") == torch.device("cuda:1")
     assert device.pick("cuda:0") == torch.device("cuda:0")
