@@ -1,4 +1,4 @@
-# make demo · make test · make check · make bench: each sets itself up in .venv on a fresh machine.
+# make demo · make test · make check · make bench: each sets itself up in .venv on a fresh machine. make test-gpu does not.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
@@ -15,14 +15,19 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-gpu check bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/plots
 	$(PY) bench/demo.py
 
+# each process takes one thread, so as many as there are cores; a file's tests stay together
 test: $(VENV)/test
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
+
+# what only a card can show: with .venv where it is, else with PYTHON as it is, which needs torch, triton and pytest
+test-gpu:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m pytest tests/test_cuda.py tests/test_device.py
 
 check: $(VENV)/test
 	$(VENV)/bin/ruff check .

@@ -22,6 +22,10 @@ def parse():
     group.add_argument("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid", help="its kind")
     group.add_argument("--label-smoothing", type=float, default=0.0, help="share of flipped pairs (cDPO, robust)")
     group.add_argument("--reference-free", action="store_true", help="take the reference's log-probs as equal")
+    group.add_argument("--precompute-reference", action="store_true", help="compute the reference's log-probs once, "
+                       "and keep them in the cache, instead of once in every epoch")  # fmt: skip
+    group.add_argument("--reference", type=cli.source, metavar="SOURCE", help="another model as the reference (without "
+                       "it: --model itself); its log-probs are computed once, then it goes")  # fmt: skip
     group.add_argument("--max-prompt-length", type=int, default=1024, help="tokens, longer ones lose their beginning")
     cli.training_flags(parser, cli.RUNS["dpo"], lr=5e-5, warmup=0.1, batch_size=4, max_length=1536)
     return cli.parse(parser, "dpo.args")
@@ -35,6 +39,8 @@ def main() -> None:
         raise BadInput(f"--beta is {args.beta}; it must be positive")
     if not 0 < args.max_prompt_length < args.max_length:
         raise BadInput(f"--max-prompt-length {args.max_prompt_length} leaves no room for answers in {args.max_length}")
+    if args.reference_free and (args.precompute_reference or args.reference):
+        raise BadInput("--reference-free has no reference: it goes with neither --precompute-reference nor --reference")
     args.model = args.model or cli.default_model("sft")
 
     from minichat import chat, examples, runs, training

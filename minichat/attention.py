@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minichat.device import sdpa
 
+FORKS = 4  # document numbers in a packed row: FORKS * n is a document or its trunk, which FORKS * n + 1, … continue
 QUERY_BLOCK = 512  # queries at a time where there are more: bounds the mask and the scores
 
 
@@ -22,14 +23,16 @@ def visible(
     A query sees the `window` keys that end with itself (Mistral 7B, arXiv 2310.06825); None is full causal attention.
     Position -1 marks an empty slot or padding: no query sees it. A padding query sees all keys, because a row of
     softmax with nothing in it is NaN, and a NaN value times an attention weight of 0 would reach real tokens.
-    q_doc, k_doc: (B, T) and (B, S), which of a packed row's documents each belongs to; a query sees its own.
+    q_doc, k_doc: (B, T) and (B, S), the number of the packed row's document that each belongs to; a query sees its
+    own, and the trunk that its own continues (see FORKS).
     """
     q, k = q_pos[:, None, :, None], k_pos[:, None, None, :]
     seen = (k >= 0) & (k <= q)
     if window is not None:
         seen &= k > q - window
     if q_doc is not None:
-        seen &= q_doc[:, None, :, None] == k_doc[:, None, None, :]
+        own, other = q_doc[:, None, :, None], k_doc[:, None, None, :]
+        seen &= (other == own) | (other == own - own % FORKS)
     return seen | (q < 0)
 
 
@@ -38,9 +41,9 @@ class View:
     """What the queries of one forward pass see; made once and used by every layer. None in its place is causal.
 
     q_pos: (B or 1, T), k_pos: (B or 1, S), int64. ordered: the keys' columns are in order and end with the queries'
-    own, so that a block of queries needs only a slice of them; a ring buffer's are not. consecutive: the positions
-    are 0, 1, 2, … in both, so that blocks at the same distance from their first key see alike. doc: (B, T), of packed
-    rows the document that each token belongs to.
+    own, so that a block of queries needs only a slice of them; a ring buffer's are not. consecutive: the keys'
+    positions are 0, 1, 2, …, so that blocks of as many queries and keys see alike. doc: (B, T), of packed rows the
+    document that each token belongs to.
     """
 
     q_pos: Tensor
@@ -64,7 +67,7 @@ class View:
         queries, keys = slice(start, end), slice(first, last)
         if not self.consecutive:
             return self._visible(queries, keys)
-        key = end - start, start - first
+        key = end - start, last - first
         if key not in self._biases:
             seen = self._visible(queries, keys)
             self._biases[key] = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
@@ -78,23 +81,45 @@ class View:
 class Documents:
     """In a View's place: a row of documents one after another, whose tokens see those of their own.
 
-    lengths: of the documents, T together. Each goes through attention by itself: what a mask hides would cost as much
-    as what it shows.
+    lengths: of each document, T together. (n,) is a sequence; (trunk, n, m) are two, that begin with the same tokens:
+    trunk, then n that continue it, then m that continue it too and see nothing of the n. Each sequence goes through
+    attention by itself: what a mask hides would cost as much as what it shows.
     """
 
-    def __init__(self, lengths: list[int], window: int | None, device: torch.device):
+    def __init__(self, lengths: list[tuple[int, ...]], window: int | None, device: torch.device):
         self.lengths, self.window = lengths, window
-        self.positions = torch.cat([torch.arange(n) for n in lengths])[None].to(device, non_blocking=True)
-        self.views: dict[int, View] = {}
+        pieces = [(start, n) for trunk, *forks in lengths for start, n in ((0, trunk), *((trunk, n) for n in forks))]
+        positions = torch.cat([torch.arange(start, start + n) for start, n in pieces])
+        self.positions = positions[None].to(device, non_blocking=True)
+        self.views: dict[tuple[int, int], View] = {}
 
-    def view(self, length: int) -> View | None:
-        """What a document of this length sees: the window, where it is shorter."""
-        if self.window is None or length <= self.window:
+    def view(self, queries: int, keys: int) -> View | None:
+        """What the last `queries` tokens of a sequence of `keys` see; None is all before them, of all of them."""
+        if queries == keys and (self.window is None or keys <= self.window):
             return None
-        if length not in self.views:
-            positions = torch.arange(length, device=self.positions.device)[None]
-            self.views[length] = View(positions, positions, self.window, ordered=True, consecutive=True)
-        return self.views[length]
+        if (queries, keys) not in self.views:
+            k_pos = torch.arange(keys, device=self.positions.device)[None]
+            view = View(k_pos[:, keys - queries :], k_pos, self.window, ordered=True, consecutive=True)
+            self.views[queries, keys] = view
+        return self.views[queries, keys]
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As the function of this name, with B = 1. A trunk and what comes next to it are one sequence as they are."""
+        found, start = [], 0
+        for trunk, *forks in self.lengths:
+            end = start + trunk + sum(forks[:1])
+            one = slice(start, end)
+            found.append(attention(q[:, :, one], k[:, :, one], v[:, :, one], self.view(end - start, end - start)))
+            for n in forks[1:]:
+                at, head = slice(end, end + n), slice(start, start + trunk)
+                keys, values = (torch.cat([x[:, :, head], x[:, :, at]], dim=2) for x in (k, v))
+                found.append(attention(q[:, :, at], keys, values, self.view(n, trunk + n)))
+                end += n
+            start = end
+        if len(found) == 1:
+            return found[0]
+        # put together as (B, T, H, Hd), which is how the next linear wants them: no other copy
+        return torch.cat([x.transpose(1, 2) for x in found], dim=1).transpose(1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, view: View | Documents | None) -> Tensor:
@@ -103,8 +128,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, view: View | Documents | None) ->
     With many queries the mask exists for QUERY_BLOCK of them at a time: memory grows with T, never with T * S.
     """
     if isinstance(view, Documents):
-        each = zip(*(x.split(view.lengths, dim=2) for x in (q, k, v)), view.lengths)
-        return torch.cat([attention(q, k, v, view.view(n)) for q, k, v, n in each], dim=2)
+        return view.attention(q, k, v)
     if view is None or view.mask is not None:
         return attend(q, k, v, None if view is None else view.mask)
     T, S, W = q.shape[2], k.shape[2], view.window

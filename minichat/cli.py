@@ -209,9 +209,20 @@ def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_si
     group.add_argument("--clip", type=float, default=1.0, help="total gradient norm, 0: no clipping")
     group.add_argument("--betas", type=float, nargs=2, default=[0.9, 0.999], metavar=("BETA1", "BETA2"), help="AdamW's")
     group.add_argument("--eps", type=float, default=1e-8, help="AdamW's epsilon")
+    group.add_argument("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit holds its "
+                       "moments in 8 bits: a quarter of the memory, other numbers")  # fmt: skip
+    group.add_argument("--offload-optimizer", action="store_true", help="hold the moments on the host: slower, same "
+                       "numbers")  # fmt: skip
     group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, matrices only")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="recompute each block's activations in "
-                       "the backward pass: less memory, a third more time")  # fmt: skip
+    group.add_argument("--gradient-checkpointing", nargs="?", const="block", choices=["attention", "mlp", "block"],
+                       metavar="WHAT", help="compute the activations of every attention, mlp or (without a word) whole "
+                       "block again in the backward pass: less memory, a third more time")  # fmt: skip
+    group.add_argument("--memory-budget", type=float, metavar="GIB", help="compute as much again as a micro-batch "
+                       "needs to fit (estimated on shapes, in a minute for a 7B)")  # fmt: skip
+    group.add_argument("--plan", action="store_true", help="say what the run would need and how long it would take, "
+                       "without loading the weights, and stop")  # fmt: skip
+    group.add_argument("--tflops", type=float, metavar="X", help="what the device does at best, in TFLOP/s: --plan "
+                       "says the time, and a run its share of it (MFU)")  # fmt: skip
     group = parser.add_argument_group("what trains")
     group.add_argument("--full", action="store_true", help="all weights instead of a LoRA adapter")
     group.add_argument("--lora-r", type=int, default=16, help="rank")
@@ -261,7 +272,13 @@ def check_training(args: argparse.Namespace) -> None:
         raise BadInput(f"--eval-split is {args.eval_split}; it must be a share, 0 or more and below 1")
     if args.eval_split and args.eval_data:
         raise BadInput("--eval-split and --eval-data: one of them says what to evaluate on")
-    check_run_folder(args)
+    for name in ("memory_budget", "tflops"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be positive")
+    if args.memory_budget and args.gradient_checkpointing:
+        raise BadInput("--memory-budget chooses what --gradient-checkpointing says; leave one of them out")
+    if not args.plan:
+        check_run_folder(args)
 
 
 def check_run_folder(args: argparse.Namespace) -> None:
@@ -371,10 +388,12 @@ def torch_dtype(name: str | None):
 
 
 def load(args: argparse.Namespace, only_to_decode: bool = False):
-    """The model and tokenizer that the flags name."""
+    """The model and tokenizer that the flags name; for --plan, on the meta device."""
     from minichat import metrics, packed, weights
 
     wanted = scheme(args)
+    if getattr(args, "plan", False):
+        return weights.load_shapes(args.model, args.device, torch_dtype(args.dtype), wanted)
     metrics.show(f"minichat: loading {args.model}")
     how = packed.load_model if only_to_decode else weights.load_model
     return how(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)

@@ -1,14 +1,15 @@
 """Token ids -> batches: which items an epoch takes, in which order, padded how."""
 
+import itertools
 import random
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from minichat.attention import FORKS
 from minichat.errors import BadInput
 from minichat.examples import Example, Pair
 
@@ -17,7 +18,7 @@ from minichat.examples import Example, Pair
 class Batch:
     """One micro-batch. weight: what its loss sum is divided by (target tokens, or pairs), counted on the host."""
 
-    tensors: dict  # Tensors, and "documents" as a list of lengths where nothing is padded
+    tensors: dict  # Tensors, and "documents" as a list of their lengths where nothing is padded
     weight: int
     tokens: int
     where: list[str]
@@ -33,7 +34,7 @@ class Mix(Sequence):
     def __init__(self, parts: Sequence[Sequence], weights: Sequence[float | None] | None = None):
         self.parts = parts
         self.sizes = [len(part) for part in parts]
-        self.starts = [0, *accumulate(self.sizes)]
+        self.starts = [0, *itertools.accumulate(self.sizes)]
         given = [weight is not None for weight in weights or ()]
         if any(given) and not all(given):
             raise BadInput("some sources have a weight and some have none; give each one its share, or none")
@@ -144,46 +145,53 @@ def pack(known: list[int], indices: Iterable[int], capacity: int, seed: str) -> 
     return rows
 
 
-def _tensors(rows: list[list[tuple[list[int], list[int]]]], pad_to: Callable[[int], int] | None) -> dict:
-    """Rows of documents, each (tokens, mask), as ids; and the flat index, label and document of every target.
+Piece = tuple[list[int], list[int], int]  # of a document: tokens, mask, and the sum that its targets go into
 
-    pad_to None: all in one row, without padding: ids (1, T) and the documents' lengths. Else ids (B, T), padded on
-    the right, and for packed rows each token's position and document, (B, T); as many targets as there are tokens,
-    those that are none with weight 0. An empty row is padding too, and has a document's number.
+
+def _tensors(rows: list[list[list[Piece]]], pad_to: Callable[[int], int] | None) -> dict:
+    """Rows of documents as ids; and the flat index, label and sum's number ("document") of every target.
+
+    A document is a sequence in one piece, or one and others that each continue the first, without a view of each other:
+    a prompt and two answers to it. pad_to None: all in one row, without padding: ids (1, T) and the documents' lengths.
+    Else ids (B, T), padded on the right, and for rows of several pieces each token's position and document's number,
+    (B, T); as many targets as there are tokens, those that are none with weight 0.
     """
-    lengths = [len(tokens) for row in rows for tokens, _ in row]
+    lengths = [tuple(len(tokens) for tokens, _, _ in document) for row in rows for document in row]
     if pad_to is None:
-        rows, T = [[document for row in rows for document in row]], sum(lengths)
+        rows, T = [[document for row in rows for document in row]], sum(map(sum, lengths))
     else:
-        T = pad_to(max(sum(len(tokens) for tokens, _ in row) for row in rows))
+        T = pad_to(max(sum(len(tokens) for document in row for tokens, _, _ in document) for row in rows))
     ids, positions, documents = (torch.full((len(rows), T), fill) for fill in (0, -1, -1))
-    index, labels, document = [], [], []
-    n = 0
+    index, labels, sums = [], [], []
+    numbers = itertools.count()
     for b, row in enumerate(rows):
         end = 0
-        for tokens, mask in row:
-            start, end = end, end + len(tokens)
-            ids[b, start:end] = torch.tensor(tokens)
-            positions[b, start:end] = torch.arange(len(tokens))
-            documents[b, start:end] = n
-            targets = [t for t in range(1, len(tokens)) if mask[t]]
-            index += [b * T + start + t - 1 for t in targets]  # the one shift: position t - 1 predicts token t
-            labels += [tokens[t] for t in targets]
-            document += [n] * len(targets)
-            n += 1
-        n += not row
+        for document, n in zip(row, numbers):
+            trunk = end, end + len(document[0][0])
+            for fork, (tokens, mask, number) in enumerate(document):
+                start, end = end, end + len(tokens)
+                first = trunk[1] - trunk[0] if fork else 0
+                ids[b, start:end] = torch.tensor(tokens, dtype=torch.int64)
+                positions[b, start:end] = torch.arange(first, first + len(tokens))
+                documents[b, start:end] = FORKS * n + fork
+                # the one shift: a token is predicted where the one before it is, which may be the trunk's last
+                before = [trunk[1] - 1 if fork else -1, *range(start, end - 1)]
+                found = [t for t, learnt in enumerate(mask) if learnt and before[t] >= trunk[0]]
+                index += [b * T + before[t] for t in found]
+                labels += [tokens[t] for t in found]
+                sums += [number] * len(found)
     # padding by mask, never by id: eos may be the padding token and is still learnt
     filler = [] if pad_to is None else [0] * (ids.numel() - len(index))
     tensors = {
         "ids": ids,
         "index": torch.tensor(index + filler, dtype=torch.int64),
         "labels": torch.tensor(labels + filler, dtype=torch.int64),
-        "document": torch.tensor(document + filler, dtype=torch.int64),
+        "document": torch.tensor(sums + filler, dtype=torch.int64),
         "weights": torch.tensor([1.0] * len(index) + [0.0] * len(filler)),
     }
     if pad_to is None:
         tensors["documents"] = lengths
-    elif any(len(row) > 1 for row in rows):
+    elif any(sum(map(len, row)) > 1 for row in rows):
         tensors |= {"positions": positions, "documents": documents}
     return tensors
 
@@ -191,22 +199,29 @@ def _tensors(rows: list[list[tuple[list[int], list[int]]]], pad_to: Callable[[in
 def sft_batch(rows: list[list[Example]], pad_to: Callable[[int], int] | None) -> Batch:
     """A micro-batch of rows of examples; its weight is its number of target tokens."""
     items = [example for row in rows for example in row]
-    tensors = _tensors([[(e.ids, e.mask) for e in row] for row in rows], pad_to)
+    number = itertools.count()
+    tensors = _tensors([[[(e.ids, e.mask, next(number))] for e in row] for row in rows], pad_to)
     return Batch(tensors, int(tensors["weights"].sum()), sum(map(len, items)), [e.where for e in items])
 
 
 def dpo_batch(rows: list[list[Pair]], pad_to: Callable[[int], int] | None) -> Batch:
-    """A micro-batch of B pairs as 2B documents, the chosen ones first; its weight is its number of pairs.
+    """A micro-batch of B pairs, each a document `prompt | chosen | rejected`; its weight is its number of pairs.
 
-    Empty rows, where shapes have to stay, come last: "pairs" (B,) is 1 for a pair and 0 for those.
+    The sums of the chosen answers have the numbers 0 .. B - 1, those of the rejected ones the B next. Empty rows, where
+    shapes have to stay, come last: "pairs" (B,) is 1 for a pair and 0 for those.
     """
     items = [pair for row in rows for pair in row]
-    chosen = [[(p.prompt + p.chosen, [0] * len(p.prompt) + p.masks[0]) for p in row] for row in rows]
-    rejected = [[(p.prompt + p.rejected, [0] * len(p.prompt) + p.masks[1]) for p in row] for row in rows]
-    tensors = _tensors(chosen + rejected, pad_to)
-    missing = [0.0] * (len(rows) - len(items))  # rows that are padding
+    missing = [0.0] * sum(not row for row in rows)  # rows that are padding
+    B, number = len(items) + len(missing), itertools.count()
+
+    def document(p: Pair) -> list[Piece]:
+        n = next(number)
+        good, bad = p.masks
+        return [(p.prompt, [0] * len(p.prompt), n), (p.chosen, good, n), (p.rejected, bad, B + n)]
+
+    tensors = _tensors([[document(pair) for pair in row] for row in rows], pad_to)
     tensors["pairs"] = torch.tensor([1.0] * len(items) + missing)
     if items[0].reference is not None:
         known = [[p.reference[side] for p in items] + missing for side in (0, 1)]
         tensors["reference"] = torch.tensor(known).flatten()
-    return Batch(tensors, len(items), sum(p.tokens for p in items), [p.where for p in items])
+    return Batch(tensors, len(items), sum(map(len, items)), [p.where for p in items])

@@ -65,6 +65,11 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def quantises(device: torch.device) -> torch.device:
+    """Where weights for this device are quantised: there if it is quick at it, else on the host."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def holds_values(device: torch.device) -> bool:
     """Whether tensors there have values: not on an emulated device of shapes alone (lazy.py)."""
     emulated = sys.modules.get("minichat.lazy")
@@ -231,19 +236,18 @@ def padding(device: torch.device) -> Callable[[int], int] | None:
 
 
 def bucket(length: int, device: torch.device) -> int:
-    """The padded length for `length` tokens.
-
-    A new shape is a new graph on an HPU: powers of two. It costs CUDA a choice of kernel, which multiples of 64 keep
-    rare, and the CPU nothing.
-    """
-    if device.type == "cpu":
+    """The padded length for `length` tokens: on an HPU, where a new shape is a new graph, a power of two."""
+    if device.type != "hpu":
         return length
-    if device.type == "cuda":
-        return -(-length // 64) * 64
     size = 128
     while size < length:
         size *= 2
     return size
+
+
+def prompt_chunk(device: torch.device) -> int:
+    """Prompt tokens at a time: bounds the memory of a long one. CUDA writes INT4 weights out once for each."""
+    return 4096 if device.type == "cuda" else 512
 
 
 def rows(count: int, device: torch.device) -> int:
@@ -271,7 +275,28 @@ def reach(filled: int, columns: int, slots: int, device: torch.device) -> int:
 
 def tokens_between_syncs(device: torch.device) -> int:
     """How many tokens to decode before the host reads them, and whether all rows are done."""
-    return 1 if device.type == "cpu" else 16
+    return 16 if device.type == "hpu" else 1
+
+
+def reads_behind(device: torch.device) -> int:
+    """How many readings the host is behind: on CUDA it takes one while the device is at the next."""
+    return 1 if device.type == "cuda" else 0
+
+
+def fetch(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Have what `tensor` holds now brought to the host; what it gives waits for that, and for nothing after it."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu  # it waits for all there is, so not before it is called
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record()
+
+    def wait() -> torch.Tensor:
+        there.synchronize()
+        return host
+
+    return wait
 
 
 def _bridge(required: bool) -> bool:

@@ -79,11 +79,15 @@ def _of_hosts(numbers: Sequence[int], how) -> list[int]:
 
 
 def gathered(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Every process's tensors of the host, in the order of their ranks."""
+    """Every process's tensors of the host, of the same names and shapes, in the order of their ranks."""
     if not _host:
         return [tensors]
-    found = [None] * world()
-    dist.all_gather_object(found, tensors, group=_host[0])
+    found: list[dict[str, Tensor]] = [{} for _ in range(world())]
+    for name, tensor in tensors.items():  # one by one: objects would be pickled
+        each = [torch.empty_like(tensor) for _ in found]
+        dist.all_gather(each, tensor.contiguous(), group=_host[0])
+        for of, one in zip(found, each):
+            of[name] = one
     return found
 
 

@@ -22,10 +22,6 @@ class Example:
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def tokens(self) -> int:
-        return len(self.ids)
-
 
 @dataclass
 class Pair:
@@ -43,11 +39,7 @@ class Pair:
             self.masks = [1] * len(self.chosen), [1] * len(self.rejected)
 
     def __len__(self) -> int:
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
-    @property
-    def tokens(self) -> int:
-        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)  # the prompt is read once, for both
 
 
 @dataclass
@@ -101,7 +93,7 @@ def encode(
             continue
         for item in items:
             item.where = where
-            report.tokens += item.tokens
+            report.tokens += len(item)
         found += items
     report.kept = len(found)
     report.counts = +report.counts

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from minichat import kernels
 from minichat.attention import rotary
 from minichat.cache import KVCache
 from minichat.kernels import cpu
@@ -17,12 +18,20 @@ MOST_TOKENS = 32  # of prompts in one call: bounds its scratch, and 128 are 1 % 
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-Forward = Callable[[Tensor, Tensor], Tensor]  # (B, T) ids and positions -> (B, T, D) hidden states; fills the cache
+# (B, T) ids and positions (None: 0, 1, 2, … or what follows, in every row) -> (B, T, D) hidden states; fills the cache
+Forward = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def decoder(model: nn.Module, cache: KVCache) -> Forward:
     """What continues the tokens in `cache`: the device's own step if it has one that fits, else the model's blocks."""
-    return CpuStep(model, cache) if fits(model) else lambda ids, positions: model.model(ids, positions, cache)
+    if fits(model):
+        return CpuStep(model, cache)
+    if model.device.type == "cuda" and kernels.for_device(model.device) is not kernels.named("int4_reference"):
+        from minichat import fused_cuda  # which needs triton
+
+        if fused_cuda.fits(model, cache):
+            return fused_cuda.CudaStep(model, cache)
+    return lambda ids, positions: model.model(ids, positions, cache)
 
 
 def fits(model: nn.Module) -> bool:

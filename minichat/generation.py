@@ -6,6 +6,7 @@ what streaming needs.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,6 @@ from minichat.cache import KVCache
 from minichat.errors import BadInput
 from minichat.readings import Readings
 from minichat.tokenizer import TextStream, Tokenizer
-
-PREFILL_CHUNK = 512  # prompt tokens at a time: bounds the memory of a long prefill
 
 
 @dataclass
@@ -86,15 +85,18 @@ def restrict(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 
     return logits
 
 
-def prefill(model: nn.Module, forward: fused.Forward, ids: Tensor, positions: Tensor) -> Tensor:
+def prefill(model: nn.Module, forward: fused.Forward, ids: Tensor, positions: Tensor, padded: bool = True) -> Tensor:
     """Read (B, T) prompts, padded on the left, into the cache of `forward`; the last column's (B, V) logits.
 
     ids and positions are on the host, and go to the device chunk by chunk: cut there, each would be another graph.
+    padded: False if no row is, so that attention may know what each sees without a mask.
     """
     few = max(1, fused.MOST_TOKENS // len(ids))
-    size = few if isinstance(forward, fused.CpuStep) else PREFILL_CHUNK
-    for part in zip(ids.split(size, dim=1), positions.split(size, dim=1)):
-        hidden = forward(*(x.contiguous().to(model.device) for x in part))
+    size = few if isinstance(forward, fused.CpuStep) else device.prompt_chunk(model.device)
+    implicit = not (padded or isinstance(forward, fused.CpuStep))
+    for part, at in zip(ids.split(size, dim=1), positions.split(size, dim=1)):
+        at = None if implicit else at.contiguous().to(model.device)
+        hidden = forward(part.contiguous().to(model.device), at)
         last = hidden[:, -1].clone(memory_format=torch.contiguous_format)  # no view: what follows is one graph for all
         device.mark_step(model.device)
     return model.lm_head(last)
@@ -126,6 +128,7 @@ def decode(
         raise BadInput(f"speculation checks as many tokens as it guesses, and {where.type} compiles every number anew; "
                        "leave --speculate out")  # fmt: skip
     ids, positions = _padded(prompts, where)
+    padded = device.padding(where) is not None or any(len(prompt) < ids.shape[1] for prompt in prompts)
     B, columns = len(ids), max(map(len, prompts)) + max_new_tokens  # padding needs no slot: the ring drops it first
     dtype = kv or (torch.bfloat16 if fused.fits(model) else model.dtype)
     spare = speculation.MOST if speculate else 0
@@ -133,7 +136,7 @@ def decode(
     forward = fused.decoder(model, cache)
     if speculate:
         drafter = speculation.Drafter(list(prompts[0]))
-        logits = prefill(model, forward, ids, positions)
+        logits = prefill(model, forward, ids, positions, padded)
         yield from _with_drafts(model, forward, cache, logits, drafter, max_new_tokens, set(stop_ids))
         return
 
@@ -167,27 +170,30 @@ def decode(
 
     step = device.graph(advance, where, [generator])
     device.mark_step(where)  # what is above is a graph of its own, not a part of the first
-    choose(prefill(model, forward, ids, positions))
-    stopped, unread = [False] * len(prompts), 0
+    choose(prefill(model, forward, ids, positions, padded))
+    stopped, unread, fetched = [False] * len(prompts), 0, deque()
     for made in range(1, max_new_tokens + 1):
         if made > 1:
             step()
         device.mark_step(where)
         unread += 1
         if unread == every or made == max_new_tokens:
-            for tokens in readings.read(unread):
+            fetched.append(readings.fetch(unread))
+            unread = 0
+        while len(fetched) > (device.reads_behind(where) if made < max_new_tokens else 0):
+            for tokens in fetched.popleft()():
                 tokens = tokens[: len(prompts)]
                 yield tokens
                 stopped = [was or one in stop_ids for was, one in zip(stopped, tokens)]
                 if all(stopped):
                     return
-            unread = 0
 
 
 def _padded(prompts: Sequence[Sequence[int]], where: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and positions of prompts, (B, T) on the host: padded on the left, to few shapes where those are dear."""
     longest = max(map(len, prompts))
-    whole = longest // PREFILL_CHUNK * PREFILL_CHUNK  # chunks are alike but for one
+    chunk = device.prompt_chunk(where)
+    whole = longest // chunk * chunk  # chunks are alike but for one
     T = whole if whole == longest else whole + device.bucket(longest - whole, where)
     B = device.rows(len(prompts), where)
     ids, positions = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), -1)
@@ -213,12 +219,12 @@ def warm_up(
     where = model.device
     if device.padding(where) is None:
         return
-    known, lengths = set(), []
+    known, lengths, chunk = set(), [], device.prompt_chunk(where)
     for length in [*range(128, longest, 128), longest]:
         B, T = _padded([[0] * length] * rows, where)[0].shape
         slots = device.cache_slots(length + max_new_tokens, B, where)
         slots = min(slots, model.config.sliding_window or slots)
-        shapes = {(min(PREFILL_CHUNK, T - start), slots) for start in range(0, T, PREFILL_CHUNK)}
+        shapes = {(min(chunk, T - start), slots) for start in range(0, T, chunk)}
         if shapes - known:
             lengths.append(length)
         known |= shapes

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minichat import files
 from minichat.errors import BadInput
@@ -38,8 +39,35 @@ class Lora:
         y = super().forward(x)
         if not self.lora_on:
             return y
-        low = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A.weight.to(x.dtype)) * self.lora_scale
-        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_B.weight.to(x.dtype).t()).view_as(y)
+        dropout = self.lora_dropout if self.training else 0.0
+        return _Delta.apply(y, x, self.lora_A.weight, self.lora_B.weight, self.lora_scale, dropout)
+
+
+class _Delta(torch.autograd.Function):
+    """y + scale * B A dropout(x). It keeps x, which adapters of the same input share, and which of it was dropped, but
+    not what was left.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+        kept, mask = torch.native_dropout(x, dropout, True) if dropout else (x, None)
+        low = F.linear(kept, A.to(x.dtype)).flatten(0, -2) * scale
+        ctx.save_for_backward(x, mask, low, A, B)
+        ctx.scale, ctx.dropout = scale, dropout
+        return torch.addmm(y.flatten(0, -2), low, B.to(x.dtype).t()).view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, mask, low, A, B = ctx.saved_tensors
+        rows, keep = grad.flatten(0, -2), 1 / (1 - ctx.dropout)
+        kept = x if mask is None else torch.ops.aten.native_dropout_backward(x, mask, keep)
+        dlow = rows @ B.to(x.dtype) * ctx.scale
+        dA, dB, dx = (dlow.t() @ kept.flatten(0, -2)).to(A.dtype), (rows.t() @ low).to(B.dtype), None
+        if ctx.needs_input_grad[1]:
+            dx = (dlow @ A.to(x.dtype)).view_as(x)
+            dx = dx if mask is None else torch.ops.aten.native_dropout_backward(dx, mask, keep)
+        return grad, dx, dA, dB, None, None
 
 
 class Frozen:

@@ -1,16 +1,19 @@
 """Mistral, from its config.json: module names are Hugging Face's, so weights need no key map."""
 
+import itertools
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from minichat.attention import Documents, View, attention, rotary, rotate
 from minichat.errors import BadInput
 
+AGAIN = ("attention", "mlp", "block")  # of a block: what gradient checkpointing can compute again
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")  # the same block where neither biases nor RoPE scaling are
 
 
@@ -151,9 +154,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return _Norm.apply(x, self.weight, self.eps)
+
+
+class _Norm(torch.autograd.Function):
+    """RMSNorm that keeps x as it came and a number per row: autograd would keep float32 copies of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, scale, weight)
+        return weight * (x32 * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, scale, weight = ctx.saved_tensors
+        normed = x.float() * scale
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dn = (grad * weight).float()
+            dx = (scale * (dn - normed * (dn * normed).mean(-1, keepdim=True))).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0)
+        return dx, dw, None
 
 
 class Attention(nn.Module):
@@ -188,7 +213,22 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up that keeps the two and not silu(gate): a sixth of what a block keeps, for one more product."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 class Block(nn.Module):
@@ -199,9 +239,23 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+        self.again = ""  # what backward computes again, so that forward need not keep it: a name of AGAIN
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, view, cache)
+        x = _kept(self._attention, x, cos, sin, view, cache, again=self.again == "attention")
+        return _kept(self._mlp, x, again=self.again == "mlp")
+
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
+        return x + self.self_attn(self.input_layernorm(x), cos, sin, view, cache)
+
+    def _mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def _kept(function, *args, again: bool) -> Tensor:
+    """function(*args), keeping what its backward needs, or only args to compute it again."""
+    again = again and torch.is_grad_enabled()
+    return checkpoint(function, *args, use_reentrant=False) if again else function(*args)
 
 
 class Decoder(nn.Module):
@@ -213,42 +267,51 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.gradient_checkpointing = False
+
+    def compute_again(self, *names: str) -> None:
+        """What backward computes again, a name of AGAIN for each of the first blocks, or one for all of them; "" for
+        the others."""
+        names = names * len(self.layers) if len(names) == 1 else names
+        for block, name in itertools.zip_longest(self.layers, names, fillvalue=""):
+            block.again = name
 
     def forward(
         self,
         ids: Tensor,
         positions: Tensor | None = None,
         cache=None,
-        documents: list[int] | Tensor | None = None,
+        documents: list[tuple[int, ...]] | Tensor | None = None,
     ) -> Tensor:
         """(B, T) ids -> (B, T, D), after the last norm.
 
-        positions: (B, T) int64, -1 for padding; None is 0, 1, 2, … in every row (padding on the right does no harm:
-        no token sees what follows it). cache: a KVCache that these tokens continue; it needs positions.
+        positions: (B, T) int64, -1 for padding; None is 0, 1, 2, … in every row, or what follows those in the cache
+        (padding on the right does no harm: no token sees what follows it). cache: a KVCache that these tokens continue.
         documents: of packed rows, whose documents do not see each other: the lengths of those in the only row, whose
-        positions follow; or, where shapes have to be static, (B, T) the number of each token's, with positions.
+        positions follow (attention.Documents); or, where shapes have to be static, (B, T) the number of each token's
+        (attention.FORKS), with positions.
         """
         config, window = self.config, self.config.sliding_window
         implicit = positions is None
+        begun = 0 if cache is None else cache.filled
         if implicit:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            positions = torch.arange(begun, begun + ids.shape[1], device=ids.device)[None]
+        if cache is not None:
+            seen = cache.advance(positions.expand(len(ids), -1))
         if isinstance(documents, list):
             view = Documents(documents, window, ids.device)
             positions = view.positions
-        elif cache is not None:
-            view = View(positions, cache.advance(positions), window, ordered=False)
+        elif begun or (cache is not None and not implicit):
+            view = View(positions, seen, window, ordered=False)
         elif implicit and (window is None or ids.shape[1] <= window):
             view = None
         else:
-            view = View(positions, positions, window, ordered=True, consecutive=implicit, doc=documents)
+            # in a packed row, what continues a trunk is further from it by columns than by positions
+            ordered = documents is None
+            view = View(positions, positions, window, ordered, consecutive=implicit, doc=documents)
         x = self.embed_tokens(ids).to(self.norm.weight.dtype)  # the table may be held in half of it
         cos, sin = rotary(positions, config.head_dim, config.rope_theta, x.dtype)
         for block in self.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, view, cache, use_reentrant=False)
-            else:
-                x = block(x, cos, sin, view, cache)
+            x = _kept(block, x, cos, sin, view, cache, again=block.again == "block")
         return self.norm(x)
 
 

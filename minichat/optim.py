@@ -4,10 +4,13 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # their names in checkpoints
 PART = 1 << 24  # weights that are updated together: bounds the temporaries
+BLOCK = 256  # values of an 8-bit moment that share a scale
+CURVE = 4
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -28,11 +31,34 @@ def lr_at(step: int, total: int, peak: float, schedule: str = "cosine", warmup: 
     return peak * (1 - progress) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def squeeze(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """A moment in 8 bits: codes (blocks, BLOCK) int8 or uint8, and each block's peak (blocks, 1) float32.
+
+    Codes are dense around 0, where most of a moment is: |x| / peak is (code / top) to the power CURVE. The second
+    moment is never rounded to 0: it divides, and would make an update of any size.
+    """
+    blocks = F.pad(x.flatten(), (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    peak = blocks.abs().amax(1, keepdim=True)
+    part = (blocks.abs() / peak.clamp_min(torch.finfo(torch.float32).tiny)).pow_(1 / CURVE)
+    if signed:
+        return part.mul_(127).round_().mul_(blocks.sign()).to(torch.int8), peak
+    return part.mul_(255).round_().clamp_min_(1).mul_(blocks > 0).to(torch.uint8), peak
+
+
+def expand(codes: Tensor, peak: Tensor, shape: torch.Size) -> Tensor:
+    """What squeeze() was given, float32, to a few per cent."""
+    top = 127 if codes.dtype == torch.int8 else 255
+    part = codes.float()
+    values = (part.abs() / top).pow_(CURVE).mul_(part.sign()).mul_(peak)
+    return values.flatten()[: shape.numel()].view(shape)
+
+
 class AdamW:
     """AdamW (arXiv 1711.05101) over what requires a gradient in `model`.
 
     Weights below float32 get a float32 master that takes the updates: a bf16 weight has 8 bits, and would round most
-    of them away. Weight decay spares vectors (the norms).
+    of them away. Weight decay spares vectors (the norms). eight_bit: hold the moments as squeeze() makes them, block by
+    block (after arXiv 2110.02861; the codes are our own). offload: hold them on the host.
     """
 
     def __init__(
@@ -41,6 +67,8 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        eight_bit: bool = False,
+        offload: bool = False,
     ):
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.weights = [p for p in model.parameters() if p.requires_grad]
@@ -49,7 +77,25 @@ class AdamW:
         exact = torch.float32
         self.masters = [p if p.dtype == exact else p.detach().to(exact).requires_grad_() for p in self.weights]
         self.betas, self.eps, self.decay, self.steps = betas, eps, weight_decay, 0
-        self.moments = [(torch.zeros_like(m), torch.zeros_like(m)) for m in self.masters]
+        self.eight_bit, self.home = eight_bit, torch.device("cpu") if offload else None
+        self.moments = [self._put(torch.zeros_like(m), torch.zeros_like(m)) for m in self.masters]
+
+    def _put(self, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
+        """Both moments of a weight as they are held: two tensors, or codes and peaks of each."""
+        held = (*squeeze(first, signed=True), *squeeze(second, signed=False)) if self.eight_bit else (first, second)
+        return held if self.home is None else tuple(x.to(self.home) for x in held)
+
+    def _get(self, i: int) -> tuple[Tensor, Tensor]:
+        """Both moments of a weight, float32, where the weight is."""
+        master = self.masters[i]
+        held = [x.to(master.device, non_blocking=True) for x in self.moments[i]]
+        if not self.eight_bit:
+            return tuple(held)
+        return expand(*held[:2], master.shape), expand(*held[2:], master.shape)
+
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        return tuple(f"{key}.{part}" for key in MOMENTS for part in ("codes", "peak")) if self.eight_bit else MOMENTS
 
     def collect(self) -> None:
         """After each backward: add the gradients of weights below float32 to their masters', and clear them.
@@ -80,7 +126,9 @@ class AdamW:
         changing = torch.tensor([lr / (1 - beta1**t), math.sqrt(1 - beta2**t), 1 - lr * self.decay])
         rate, root, shrink = changing.to(norm.device, non_blocking=True).unbind()
         for part in self._parts():
-            weights, grads, first, second = zip(*part)
+            weights = [self.masters[i].detach() for i in part]
+            grads = [self.masters[i].grad for i in part]
+            first, second = zip(*map(self._get, part))
             if self.decay and weights[0].dim() > 1:
                 torch._foreach_mul_(weights, shrink)
             torch._foreach_lerp_(first, grads, 1 - beta1)
@@ -92,22 +140,26 @@ class AdamW:
             update = torch._foreach_div(first, deviation)
             torch._foreach_mul_(update, rate)
             torch._foreach_sub_(weights, update)
+            if self.eight_bit or self.home:  # else they were changed where they are
+                for i, *moments in zip(part, first, second):
+                    self.moments[i] = self._put(*moments)
         for weight, master in zip(self.weights, self.masters):
             if master is not weight:
                 weight.copy_(master)
             master.grad = None
         return norm
 
-    def _parts(self) -> Iterator[list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
-        """(weight, gradient, moments) of some at a time, matrices apart from vectors: those do not decay."""
+    def _parts(self) -> Iterator[list[int]]:
+        """Which weights are updated together: some at a time, matrices apart from vectors: those do not decay."""
         part, size = [], 0
-        for master, moments in sorted(zip(self.masters, self.moments), key=lambda known: known[0].dim() > 1):
+        for i in sorted(range(len(self.masters)), key=lambda i: self.masters[i].dim() > 1):
+            master = self.masters[i]
             if master.grad is None:
                 continue
-            if part and (size >= PART or (part[0][0].dim() > 1) != (master.dim() > 1)):
+            if part and (size >= PART or (self.masters[part[0]].dim() > 1) != (master.dim() > 1)):
                 yield part
                 part, size = [], 0
-            part.append((master.detach(), master.grad, *moments))
+            part.append(i)
             size += master.numel()
         if part:
             yield part
@@ -117,7 +169,7 @@ class AdamW:
         found = {}
         for name, master, moments in zip(self.names, self.masters, self.moments):
             found[f"weight.{name}"] = master.detach()
-            found |= {f"{key}.{name}": moment for key, moment in zip(MOMENTS, moments)}
+            found |= {f"{key}.{name}": moment for key, moment in zip(self._keys, moments)}
         return found | {"steps": torch.tensor(self.steps)}
 
     @torch.no_grad()
@@ -127,6 +179,6 @@ class AdamW:
             master.copy_(tensors[f"weight.{name}"])
             if master is not weight:
                 weight.copy_(master)
-            for key, moment in zip(MOMENTS, moments):
+            for key, moment in zip(self._keys, moments):
                 moment.copy_(tensors[f"{key}.{name}"])
         self.steps = int(tensors["steps"])

@@ -8,21 +8,40 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from minichat import chat, checkpoint, cli, data, distributed, files, lora, metrics, sources, store, training, weights
+from minichat import (
+    chat,
+    checkpoint,
+    cli,
+    data,
+    device,
+    distributed,
+    files,
+    lora,
+    metrics,
+    plan,
+    sources,
+    store,
+    training,
+    weights,
+)
 from minichat.assets import sums
 from minichat.errors import BadInput
 from minichat.examples import Dpo, Report, Sft
 from minichat.model import Mistral
 from minichat.tokenizer import Tokenizer
+from minichat.version import __version__
 
+REFERENCE = "logps.safetensors"  # in the cache, a reference's log-probs of the answers of a source's pairs, (n, 2)
 EMBEDDED = {"sft": ("sft", 5000), "dpo": ("pairs", 1000)}  # without --data: kind and number of records
 # flags that do not decide a run's numbers, or whose content is compared instead
 NOT_DECIDING = ("out", "overwrite", "resume", "save_every", "keep", "log_every", "log", "device", "emulate",
-                "max_graphs", "max_syncs", "save_dtype", "gradient_checkpointing", "strict", "model", "template",
+                "max_graphs", "max_syncs", "save_dtype", "gradient_checkpointing", "memory_budget", "tflops", "plan",
+                "strict", "model", "template",
                 "format", "data", "eval_data", "eval_split")  # fmt: skip
 
 
@@ -32,8 +51,6 @@ def say(text: str) -> None:
 
 def new_model(args: argparse.Namespace) -> tuple[Mistral, Tokenizer]:
     """Random weights of the shape that --from-config says, and the tokenizer beside it."""
-    from minichat import device
-
     folder = Path(args.from_config)
     if not folder.is_dir():
         raise BadInput(f"--from-config {folder}: no such folder")
@@ -115,15 +132,10 @@ def train(
             f"{tokenizer.folder} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: added tokens "
             "need rows in the embedding; resize it, or take the tokenizer without them"
         )
-    model.model.gradient_checkpointing = args.gradient_checkpointing
+    model.model.compute_again(args.gradient_checkpointing or "")
     if args.full and model.scheme is not None:
         raise BadInput(f"{args.model} is quantised: --full trains float weights; train an adapter, without --full")
-    if args.full:
-        model.requires_grad_(True)
-    else:
-        lora.freeze(model)  # adapters over INT4 weights stay beside them, and this one goes over them
-        targets = [name.strip() for name in args.lora_targets.split(",") if name.strip()]
-        lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
+    prepare(args, model)
     stop_ids, _ = chat.stops(encoder.template, tokenizer)
     with distributed.first_alone():  # others find in the cache what it has tokenised
         items, eval_items, bad = read_data(args, encoder, what)
@@ -144,14 +156,22 @@ def train(
         betas=tuple(args.betas),
         eps=args.eps,
         weight_decay=args.weight_decay,
+        optimizer=args.optimizer,
+        offload=args.offload_optimizer,
         seed=args.seed,
         log_every=args.log_every,
         eval_every=args.eval_every,
     )
-    if args.full and what == "dpo" and not args.reference_free:
-        say("full fine-tuning: the reference's log-probs, once")
-        for mix in (items, eval_items):
-            mix.parts = [training.with_reference(model, method, part, settings) for part in mix.parts]
+    asked = what == "dpo" and (args.full or args.precompute_reference or args.reference)
+    referenced = asked and not args.reference_free
+    if args.plan or args.tflops or args.memory_budget:
+        planned, useful = make_plan(args, model, method, items, settings, referenced)
+        model.model.compute_again(*planned.again)
+    if args.plan:
+        return
+    if referenced:
+        with distributed.first_alone():  # others find it in the cache
+            add_reference(args, model, tokenizer, method, (items, eval_items), settings, run)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = training.count_steps(items, settings)
     several = f" in {distributed.world()} processes" if distributed.world() > 1 else ""
@@ -181,7 +201,7 @@ def train(
         folder = args.out if first else None
         with metrics.Metrics(folder, total, what, bool(found), followers) as log, saved.stopping():
             try:
-                training.fit(model, method, items, settings, log, eval_items, saved, bool(found))
+                last = training.fit(model, method, items, settings, log, eval_items, saved, bool(found))
             except checkpoint.Stopped as stopped:
                 if first:
                     draw(args.out)
@@ -196,6 +216,12 @@ def train(
         distributed.stop()
         if first:
             draw(args.out)
+        if args.tflops:
+            share = last["tokens_per_s"] * useful / args.tflops / 1e12
+            say(
+                f"measured: {last['tokens_per_s']:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; peak "
+                f"{device.peak_memory_gib(model.device):.2f} GiB, planned {planned.peak / plan.GIB:.2f}"
+            )
         say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
 
 
@@ -208,6 +234,85 @@ def begin(args: argparse.Namespace, what: str, resumes: bool, bad: Sequence[str]
         sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
     if bad:
         (args.out / "bad-records.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
+
+
+def add_reference(
+    args: argparse.Namespace,
+    model: Mistral,
+    tokenizer: Tokenizer,
+    method: training.Method,
+    mixes: Sequence[data.Mix],
+    settings: training.Settings,
+    run: dict,
+) -> None:
+    """Give the pairs their log-probs under the reference, computed once and kept in the cache, by all that decides
+    them. Raises BadInput for a --reference with another tokenizer.
+    """
+    reference = model
+    if args.reference:
+        say(f"loading {args.reference}")
+        reference, other = weights.load_model(args.reference, args.device, model.dtype, cli.scheme(args))
+        if other.fingerprint != tokenizer.fingerprint:
+            raise BadInput(f"--reference {args.reference} has another tokenizer than {args.model}: its ids mean others")
+    adapter = args.adapter and not args.reference and weights.identity(weights.resolve(args.adapter))
+    known = [reference.identity, adapter, str(reference.scheme), str(reference.dtype), str(model.device),
+             args.loss == "ipo", args.batch_size, run["tokenizer and template"], __version__]  # fmt: skip
+    for mix in mixes:
+        for i, part in enumerate(mix.parts):
+            key = hashlib.sha256(json.dumps([*known, part.fingerprint()]).encode()).hexdigest()[:32]
+            folder = files.cache_folder() / "reference" / key
+            if folder.exists():
+                say(f"the reference's log-probs are known: {folder}")
+                logps = files.read_tensors(folder / REFERENCE)["logps"]
+            else:
+                say(f"the reference's log-probs of {len(part):,} pairs, once")
+                logps = training.reference_logps(reference, method, part, settings)
+                with files.appearing(folder) as new:
+                    files.write_tensors({"logps": logps}, new / REFERENCE)
+            mix.parts[i] = data.Referenced(part, logps)
+
+
+def prepare(args: argparse.Namespace, model: Mistral) -> None:
+    """Say what trains."""
+    if args.full:
+        model.requires_grad_(True)
+        return
+    lora.freeze(model)  # adapters over INT4 weights stay beside them, and this one goes over them
+    targets = [name.strip() for name in args.lora_targets.split(",") if name.strip()]
+    lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
+
+
+def make_plan(
+    args: argparse.Namespace,
+    model: Mistral,
+    method: training.Method,
+    items: data.Mix,
+    settings: training.Settings,
+    referenced: bool,
+) -> tuple[plan.Plan, float]:
+    """What the run will need, said on standard error; and FLOP per token without what is computed again (for MFU)."""
+    where = torch.device("cpu") if model.device.type == "meta" else model.device
+    batch = training.largest(items, settings, method, where)
+    if referenced:
+        batch.tensors["reference"] = torch.zeros(2 * len(batch.tensors["pairs"]))
+
+    def of(again: Sequence[str]) -> plan.Plan:
+        shape = model.config, model.scheme, model.dtype
+        eight_bit = args.optimizer == "adamw8bit"
+        return plan.make(*shape, lambda m: prepare(args, m), method, batch, args.accumulate, again, eight_bit)
+
+    if args.memory_budget:
+        found = plan.choose(args.memory_budget, model.config.num_hidden_layers, of)
+    else:
+        found = of([args.gradient_checkpointing or ""])
+    say(f"plan: {found}")
+    steps = training.count_steps(items, settings)
+    epoch = sum(items.lengths()) / len(items) * sum(items.counts)
+    tokens = epoch / training.count_steps(items, replace(settings, steps=None, epochs=1)) * steps
+    flops = tokens * found.flops_per_token
+    hours = f", {flops / args.tflops / 3.6e15:.2f} h at {args.tflops:g} TFLOP/s" if args.tflops else ""
+    say(f"plan: {steps:,} steps, {tokens / 1e6:,.2f} M tokens, {flops / 1e15:,.3f} PFLOP{hours}")
+    return found, (of([""]) if any(found.again) else found).flops_per_token
 
 
 def describe_run(args: argparse.Namespace, model: Mistral, encoder: Sft | Dpo, parts: dict[str, list]) -> dict:

@@ -24,7 +24,7 @@ from minichat.errors import BadInput
 from minichat.examples import Dpo, Example, Pair, Report, Sft, encode
 from minichat.metrics import show
 
-VERSION = 1  # of the cache's files, and of what encoders make of a record
+VERSION = 2  # of the cache's files, and of what encoders make of a record
 LARGE = 16 << 20  # bytes of files from which on processes are started and the result is kept
 BLOCK = 1 << 20  # bytes that a process gets at a time, or 1,000 records
 HOPELESS = 100  # bad records with no good one among them: the rest is not tried
@@ -74,11 +74,7 @@ class Items(Sequence):
 
     def lengths(self) -> list[int]:
         """len() of each item, without making it."""
-        counts, cuts = self.index["counts"][self.chosen], self.index["cuts"][self.chosen]
-        if cuts.shape[1]:
-            P, C = cuts.T
-            counts = P + np.maximum(C, counts - P - C)
-        return counts.tolist()
+        return self.index["counts"][self.chosen].tolist()
 
     def fingerprint(self) -> str:
         """A hash of the records that the items come from, in their order, and of the items' lengths."""

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,8 @@ class Settings:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    optimizer: str = "adamw"  # or adamw8bit
+    offload: bool = False  # keep the optimiser's moments on the host
     seed: int = 42
     log_every: int = 10
     eval_every: int = 0  # 0: at the end only
@@ -88,15 +91,16 @@ def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, 
         return sums
 
     def objective(model, tensors):
-        policy = logps(model, tensors)
         if reference_free:
-            reference = torch.zeros_like(policy)
+            reference = torch.zeros(2 * len(tensors["pairs"]), device=tensors["pairs"].device)
         elif "reference" in tensors:
             reference = tensors["reference"]
         else:
-            # dropout off as well: the reference is the model as it was, not a sample of it
+            # dropout off as well: the reference is the model as it was, not a sample of it; first, while no activations
+            # are kept
             with torch.no_grad(), lora.disabled(model):
                 reference = logps(model, tensors)
+        policy = logps(model, tensors)
         (chosen, rejected), (ref_chosen, ref_rejected) = policy.chunk(2), reference.chunk(2)
         each, good, bad = losses.dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, kind, label_smoothing)
         return {
@@ -112,16 +116,22 @@ def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, 
 
 
 @torch.no_grad()
-def with_reference(model: nn.Module, method: Method, pairs: Sequence[Pair], settings: Settings) -> data.Referenced:
-    """The pairs with the log-probs of their answers under the model as it is now."""
+def reference_logps(model: nn.Module, method: Method, pairs: Sequence[Pair], settings: Settings) -> Tensor:
+    """The log-probs of the pairs' answers, (n, 2), under the model as it is now, without its adapter."""
     where = model.device
     found = torch.empty(len(pairs), 2)
     for rows in data.by_length(data.lengths(pairs), settings.batch_size):
         indices = [i for row in rows for i in row]
         batch = method.batch(_full([[pairs[i]] for i in indices], settings, where), device.padding(where))
-        logps = method.logps(model, on(where, batch.tensors)).float().cpu()
+        with lora.disabled(model) if lora.adapted(model) else nullcontext():
+            logps = method.logps(model, on(where, batch.tensors)).float().cpu()
         found[indices] = logps.view(2, -1).T[: len(indices)]
-    return data.Referenced(pairs, found)
+    return found
+
+
+def with_reference(model: nn.Module, method: Method, pairs: Sequence[Pair], settings: Settings) -> data.Referenced:
+    """The pairs with those log-probs, which their loss then takes."""
+    return data.Referenced(pairs, reference_logps(model, method, pairs, settings))
 
 
 def fit(
@@ -148,7 +158,8 @@ def fit(
         device.keep_host_memory()
     items = items if isinstance(items, data.Mix) else data.Mix([items])
     total = count_steps(items, settings)
-    optimizer = optim.AdamW(model, settings.betas, settings.eps, settings.weight_decay)
+    how = settings.optimizer == "adamw8bit", settings.offload
+    optimizer = optim.AdamW(model, settings.betas, settings.eps, settings.weight_decay, *how)
     torch.manual_seed(settings.seed + distributed.rank())  # dropout is another one in each process
     warmup = 0 if settings.warmup * total < 1 else settings.warmup  # its one step, at rate 0, would be the run
     model.train()
@@ -275,6 +286,15 @@ def count_steps(items: data.Mix, settings: Settings) -> int:
     whole, rest = divmod(settings.epochs, 1)
     count = lambda epoch: len(order(items, settings, epoch))  # noqa: E731  # packing differs from epoch to epoch
     return sum(map(count, range(int(whole)))) + (math.ceil(count(int(whole)) * rest) if rest else 0)
+
+
+def largest(items: data.Mix, settings: Settings, method: Method, where: torch.device) -> data.Batch:
+    """The micro-batch of the first epoch that has the most tokens."""
+    known = items.lengths()
+    batches = (rows for step in order(items, settings, 0) for rows in step)
+    rows = max(batches, key=lambda rows: sum(known[i] for row in rows for i in row))
+    full = _full([[items[j] for j in row] for row in rows], settings, where)
+    return method.batch(full, device.padding(where))
 
 
 @torch.no_grad()

@@ -257,7 +257,7 @@ def load_model(
     model = without_weights(config)
     model.scheme = scheme
     if not devices.holds_values(where):
-        _imagine(model, where, dtype, packed or scheme)
+        imagine(model, where, dtype, packed or scheme)
         model.source, model.identity = str(source), "none: shapes alone"
         return model.eval(), tokenizer
     merged = [a for a in adapters if a not in unmerged]
@@ -268,6 +268,19 @@ def load_model(
     model.source = str(resolve(source).resolve()) if Path(source).expanduser().is_dir() else str(source)
     model.identity = identity(resolve(source))
     return model.eval(), tokenizer
+
+
+def load_shapes(
+    source: str | Path, device: str | None, dtype: torch.dtype | None, int4: bool | quant.Scheme
+) -> tuple[Mistral, Tokenizer]:
+    """As load_model, on the meta device: what a plan needs. The dtype is that of `device`; raises BadInput."""
+    folder, adapters = chain(source)
+    scheme = wanted_scheme(folder, int4)
+    tokenizer = tokenizer_of(folder, adapters)
+    model = without_weights(read_config(folder))
+    model.scheme, model.source, model.identity = scheme, str(source), "none: shapes alone"
+    imagine(model, torch.device("meta"), dtype or devices.default_dtype(devices.pick(device)), scheme)
+    return model, tokenizer
 
 
 def tokenizer_of(folder: Path, adapters: list[Adapter]) -> Tokenizer:
@@ -289,7 +302,7 @@ def _trained_over_int4(adapters: list[Adapter], scheme) -> list[Adapter]:
 
 
 @torch.no_grad()
-def _imagine(model: Mistral, where: torch.device, dtype: torch.dtype, scheme: quant.Scheme | None) -> None:
+def imagine(model: Mistral, where: torch.device, dtype: torch.dtype, scheme: quant.Scheme | None) -> None:
     """Weights without values, on a device that holds none: the folder needs none."""
     if scheme is not None:
         quant.check({n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}, scheme)
@@ -364,7 +377,8 @@ def _fill(model: Mistral, shards: Shards, where, dtype, packed, scheme, adapters
             tensor = exact if quantises else exact.to(dtype)
             worst = max(worst, rounding(exact, tensor))
         if quantises:
-            _put(model, owner_name, quant.Int4Linear.from_weight(tensor, scheme, where))
+            near = tensor.to(devices.quantises(where))
+            _put(model, owner_name, quant.Int4Linear.from_weight(near, scheme, where))
             devices.release_host_memory()
         else:
             setattr(owner, leaf, nn.Parameter(tensor.to(where, dtype), requires_grad=tensor.is_floating_point()))

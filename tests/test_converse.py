@@ -27,7 +27,7 @@ TOKENIZER = Tokenizer(BASE)
 def talk(answers, **changes) -> tuple[converse.Talk, list[list[int]]]:
     """A Talk that says `answers`, None being Ctrl-C, and the ids of every prompt that it is given."""
     flags = dict(max_length=None, max_new_tokens=8, template="neuralchat", system=None, stop=[], json=False)
-    args = Namespace(**{**flags, "batch_size": 16, **changes})
+    args = Namespace(**{**flags, "batch_size": 16, "kv_cache": "auto", **changes})
     model = make(vocab_size=TOKENIZER.vocab_size)
     model.scheme = None
     found = converse.Talk(args, model, TOKENIZER, Sampling())

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minichat import data, training
+from minichat.attention import FORKS
 from minichat.cli import BASE
 from minichat.errors import BadInput
 from minichat.examples import Example, Pair
@@ -161,29 +162,43 @@ def test_packed_documents_keep_their_targets_and_start_their_positions_again(pad
     assert torch.equal(flat[found["index"] + 1][:n], found["labels"][:n])
     assert found["weights"].sum() == n == batch.weight
     if pad_to is None:
-        assert found["documents"] == [5, 3, 7] and found["ids"].shape == (1, 15) and "positions" not in found
+        assert found["documents"] == [(5,), (3,), (7,)] and found["ids"].shape == (1, 15) and "positions" not in found
     else:
         T = pad_to(8)
         assert found["positions"].tolist() == [
             [0, 1, 2, 3, 4, 0, 1, 2] + [-1] * (T - 8),
             [0, 1, 2, 3, 4, 5, 6] + [-1] * (T - 7),
         ]
-        assert found["documents"].tolist() == [[0] * 5 + [1] * 3 + [-1] * (T - 8), [2] * 7 + [-1] * (T - 7)]
+        a, b, c = (FORKS * n for n in range(3))
+        assert found["documents"].tolist() == [[a] * 5 + [b] * 3 + [-1] * (T - 8), [c] * 7 + [-1] * (T - 7)]
     assert "documents" not in data.sft_batch([[e] for e in EXAMPLES], lambda n: n).tensors  # nothing is packed
 
 
-def test_dpo_batch_is_the_chosen_rows_and_then_the_rejected():
+@pytest.mark.parametrize("pad_to", [None, lambda n: n], ids=["ragged", "rows"])
+def test_dpo_batch_has_each_prompt_once_and_its_answers_after_it(pad_to):
     items = [Pair([1, 5], [6, 7, EOS], [8, EOS], "a"), Pair([1, 9, 10], [11, EOS], [12, 13, 14, EOS], "b")]
-    batch = data.dpo_batch([[pair] for pair in items], lambda n: n)
+    batch = data.dpo_batch([[pair] for pair in items], pad_to)
     found = batch.tensors
-    rows = [[1, 5, 6, 7, EOS], [1, 9, 10, 11, EOS], [1, 5, 8, EOS], [1, 9, 10, 12, 13, 14, EOS]]
-    assert [row[: len(r)] for row, r in zip(found["ids"].tolist(), rows)] == rows
-    answers = [[6, 7, EOS], [11, EOS], [8, EOS], [12, 13, 14, EOS]]
-    for b, answer in enumerate(answers):
-        real = (found["document"] == b) & (found["weights"] > 0)
-        assert found["labels"][real].tolist() == answer
-    flat, n = found["ids"].flatten(), 11
-    assert torch.equal(flat[found["index"] + 1][:n], found["labels"][:n]) and found["weights"].sum() == n
+    rows = [[1, 5, 6, 7, EOS, 8, EOS], [1, 9, 10, 11, EOS, 12, 13, 14, EOS]]
+    flat = found["ids"].flatten().tolist()
+    if pad_to is None:
+        assert flat == rows[0] + rows[1] and found["documents"] == [(2, 3, 2), (3, 2, 4)]
+    else:
+        assert found["ids"].tolist() == [rows[0] + [0] * 2, rows[1]]
+        assert found["positions"].tolist() == [[0, 1, 2, 3, 4, 2, 3, -1, -1], [0, 1, 2, 3, 4, 3, 4, 5, 6]]
+        a, b = 0, FORKS
+        assert found["documents"].tolist() == [
+            [a, a, a + 1, a + 1, a + 1, a + 2, a + 2, -1, -1],
+            [b, b, b, b + 1, b + 1, b + 2, b + 2, b + 2, b + 2],
+        ]
+    # by the definition: (what predicts, what is predicted) of the chosen answers, then of the rejected
+    answers = [[(5, 6), (6, 7), (7, EOS)], [(10, 11), (11, EOS)], [(5, 8), (8, EOS)]]
+    answers += [[(10, 12), (12, 13), (13, 14), (14, EOS)]]
+    for number, answer in enumerate(answers):
+        real = (found["document"] == number) & (found["weights"] > 0)
+        before = [flat[i] for i in found["index"][real].tolist()]
+        assert list(zip(before, found["labels"][real].tolist())) == answer
+    assert found["weights"].sum() == 11
     assert (batch.weight, batch.tokens, batch.where) == (2, sum(map(len, rows)), ["a", "b"])
     assert "reference" not in found
     for pair, reference in zip(items, ((-1.0, -2.0), (-3.0, -4.0))):

@@ -94,7 +94,7 @@ def test_the_formats_of_dpo_say_the_same():
         assert pair.prompt + pair.chosen == chat.render([SYSTEM, user("Hi"), said("Hello")], "neuralchat", TOKENIZER)[0]
         assert pair.prompt + pair.rejected == chat.render([SYSTEM, user("Hi"), said("No")], "neuralchat", TOKENIZER)[0]
     assert text(found[0].chosen) == "Hello</s>"
-    assert report.tokens == sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in found)
+    assert report.tokens == sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in found)
 
 
 def test_an_empty_system_field_is_none():

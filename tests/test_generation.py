@@ -200,7 +200,7 @@ def test_a_graph_ends_with_each_chunk_and_each_token(monkeypatch):
     """On an HPU nothing runs before: what is set up, a prompt of 10 in chunks of 4, then 7 tokens."""
     marks = []
     monkeypatch.setattr("minichat.device.mark_step", marks.append)
-    monkeypatch.setattr("minichat.generation.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("minichat.device.prompt_chunk", lambda where: 4)
     steps = decode(make(), [list(range(10)), [3]], 7, Sampling(), stop_ids=())
     assert [len(marks) for _ in steps] == [1 + 3 + 1, 6, 7, 8, 9, 10, 11]
     assert set(marks) == {torch.device("cpu")}

@@ -26,14 +26,17 @@ LAYERS = [
         "lazy",
         "lazy_bridge",
     },
-    {"chat", "model", "int4", "fused", "plots", "distributed"},
+    {"chat", "model", "int4", "fused", "fused_cuda", "plots", "distributed"},
     {"examples", "weights", "generation"},
     {"data", "store", "checkpoint", "packed"},
     {"training"},
-    {"cli", "runs", "converse", "evaluate", "harness", "hpu_selfcheck", "assets"},
+    {"plan"},
+    {"cli", "runs", "converse", "evaluate", "harness", "hpu_selfcheck", "tune", "assets"},
 ]
 # within a layer: who may import whom
 BESIDE = {
+    "fused": {"fused_cuda"},
+    "fused_cuda": {"int4"},
     "lazy": {"lazy_bridge"},
     "lazy_bridge": {"lazy"},
     "runs": {"cli", "assets"},
@@ -41,6 +44,7 @@ BESIDE = {
     "evaluate": {"cli", "harness"},
     "harness": {"evaluate"},
     "hpu_selfcheck": {"cli"},
+    "tune": {"cli"},
 }
 HEAVY = {
     "tokenizers",

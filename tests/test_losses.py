@@ -41,6 +41,29 @@ def test_target_logps_are_the_full_log_softmax_and_so_are_their_gradients(monkey
         assert torch.equal(target_logps(hidden, lambda x: x @ head.T, index, labels), found)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 10, 11, 12, 1024])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_frozen_heads_gradient_is_that_of_the_full_log_softmax(monkeypatch, rows, dtype, tolerance):
+    """Formed in the forward pass; the logits are computed once, and no gradient to the head is."""
+    monkeypatch.setattr(losses, "ROWS", rows)
+    hidden, weight, index, labels = batch()
+    hidden = hidden.detach().to(dtype).requires_grad_()
+    head = torch.nn.Linear(5, 13, bias=False, dtype=dtype).requires_grad_(False)
+    head.weight.copy_(weight.detach())
+    weights, seen = torch.randn(len(index)), []
+    head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    found = target_logps(hidden, head, index, labels)
+    (grad,) = torch.autograd.grad((found * weights).sum(), hidden)
+    assert sum(seen) == len(index)
+    exact = hidden.detach().double().requires_grad_()
+    full = torch.log_softmax((exact @ head.weight.double().T).flatten(0, 1), dim=-1)[index, labels]
+    (expected,) = torch.autograd.grad((full * weights).sum(), exact)
+    torch.testing.assert_close(found.double(), full, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad.double(), expected, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        assert torch.equal(target_logps(hidden, head, index, labels), found)  # DPO's reference
+
+
 def test_target_logps_of_no_target():
     hidden, head, _, _ = batch()
     none = torch.empty(0, dtype=torch.int64)
@@ -91,8 +114,10 @@ def test_no_logits_of_all_targets_live(monkeypatch):
     def naive():
         return torch.log_softmax((hidden @ head.T).flatten(0, 1)[index], dim=-1)[torch.arange(N), labels]
 
+    frozen = torch.nn.Linear(4, V, bias=False).requires_grad_(False)
     assert peak(naive) >= N * V * 4
     assert peak(lambda: target_logps(hidden, lambda x: x @ head.T, index, labels)) <= 6 * 8 * V * 4
+    assert peak(lambda: target_logps(hidden, frozen, index, labels)) <= 2.1 * 8 * V * 4
 
 
 def test_positions_without_loss_have_no_logits():

@@ -220,13 +220,21 @@ def test_long_prefill_needs_no_quadratic_memory():
 def test_gradient_checkpointing_changes_no_gradient():
     model = make().train()
     ids = torch.randint(0, 97, (2, 20))
-    grads = []
-    for model.model.gradient_checkpointing in (False, True):
+    grads, kept = [], []
+    for names in ([], ["attention"], ["mlp"], ["block"], ["", "block"], ["block", "attention"]):
+        model.model.compute_again(*names)
+        sizes: dict[int, int] = {}
+        pack = lambda x, sizes=sizes: sizes.update({x.data_ptr(): x.nbytes}) or x  # noqa: E731
         model.zero_grad()
-        model(ids).square().mean().backward()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(ids).square().mean()
+            kept.append(sum(sizes.values()))
+        loss.backward()
         grads.append([p.grad.clone() for p in model.parameters()])
-    for a, b in zip(*grads):
-        assert torch.equal(a, b)
+    for other in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, grads[0]))
+    everything, attention, mlp, block, second, both = kept
+    assert block < both < attention < everything and block < mlp < everything and block < second < everything
 
 
 @torch.no_grad()

@@ -122,6 +122,39 @@ PAIRS = ("--max-prompt-length", 100)
 # ---- runs ----
 
 
+def test_a_plan_says_what_a_run_needs_and_writes_nothing(run, base, files, tmp_path):
+    """Also what a budget leaves to compute again; a run with --tflops says what it was beside the plan."""
+    flags = ("--model", base, "--data", files["sft"], "--out", "a", *SHORT)
+    code, _, err = run("train.py", *flags, "--plan", "--tflops", 2)
+    assert code == 0, err
+    plan, time = (line for line in err.splitlines() if "plan:" in line)
+    assert re.search(r"GFLOP per token; a micro-batch of [\d,]+ tokens holds [\d.]+ GiB \(weights", plan)
+    assert re.search(r"3 steps, .* M tokens, .* PFLOP, [\d.]+ h at 2 TFLOP/s", time) and not Path("a").exists()
+    code, _, err = run("train.py", *flags, "--plan", "--memory-budget", 0.0001)
+    assert code == 2 and "everything computed again" in err.splitlines()[-1]
+    code, _, err = run("train.py", *flags, "--memory-budget", 1, "--tflops", 2)
+    assert code == 0 and re.search(r"measured: [\d,]+ tokens/s, [\d.]+% of 2 TFLOP/s; peak .* GiB, planned", err), err
+
+
+def test_a_reference_computed_once_is_the_reference(run, base, files, tmp_path, monkeypatch):
+    """The same losses as beside it, from the cache in the second run; another model is another reference."""
+    monkeypatch.setenv("MINICHAT_CACHE", str(tmp_path / "cache"))
+    flags = ("--model", base, "--data", files["pairs"], "--eval-data", files["pairs"], "--lr", 0.01, *SHORT, *PAIRS)
+    losses, said = {}, {}
+    for name, more in {"a": (), "b": ("--precompute-reference",), "c": ("--precompute-reference",)}.items():
+        code, _, said[name] = run("dpo.py", *flags, *more, "--out", name)
+        assert code == 0, said[name]
+        losses[name] = [record["loss"] for record in records(name)]
+    assert losses["b"] == pytest.approx(losses["a"], abs=1e-5) and losses["c"] == losses["b"]
+    assert "pairs, once" in said["b"] and "are known" in said["c"] and "pairs, once" not in said["c"]
+    code, _, err = run("dpo.py", *flags, "--reference", "a", "--out", "d")
+    assert code == 0, err
+    first = records("d")[0]
+    assert abs(first["loss"] - LN2) > 1e-4 and first["chosen_reward"] != 0
+    code, _, err = run("dpo.py", *flags, "--reference", "a", "--reference-free", "--out", "e")
+    assert code == 2 and "--reference-free" in err
+
+
 def test_train_then_dpo_then_infer(done, base, files):
     """Three runs, each over the one before; every run folder is a model."""
     done("train.py", "--model", base, "--data", files["sft"], "--eval-data", files["sft"], "--out", "a", *SHORT)
@@ -203,7 +236,7 @@ def test_a_prompt_and_a_stop_that_begin_with_at(done, endless):
 
 SETTINGS = dict(
     steps=7, epochs=2.5, batch_size=3, accumulate=2, lr=3e-4, schedule="linear", warmup=5.0, clip=0.5,
-    betas=(0.8, 0.95), eps=1e-7, weight_decay=0.01, seed=7, log_every=4, eval_every=2,
+    betas=(0.8, 0.95), eps=1e-7, weight_decay=0.01, optimizer="adamw8bit", seed=7, log_every=4, eval_every=2,
 )  # fmt: skip
 ADAPTER = ("--lora-r", 4, "--lora-alpha", 9, "--lora-dropout", 0.25, "--lora-targets", "q_proj, v_proj", "--rslora")
 QUANTISED = ("--int4", "--bits", 8, "--group-size", 64, "--asymmetric", "--dtype", "bfloat16", "--device", "cpu")
@@ -263,15 +296,16 @@ def test_flags_reach_the_loop(run, files, tmp_path, monkeypatch, script):
     given = [part for key, value in SETTINGS.items() for part in (f"--{key.replace('_', '-')}", value)]
     given = [part for value in given for part in (value if isinstance(value, tuple) else (value,))]
     flags = ("--model", "model", "--data", source, "--eval-data", source, "--max-length", 200, "--template", "zephyr")
-    flags = (*flags, *given, *ADAPTER, *QUANTISED, *method, "--gradient-checkpointing", "--out", "out")
-    code, _, err = run(script, *flags)
+    flags = (*flags, *given, *ADAPTER, *QUANTISED, *method, "--gradient-checkpointing", "--offload-optimizer")
+    code, _, err = run(script, *flags, "--out", "out")
     assert code == 2 and err.splitlines()[-1] == "error: that is enough"
 
     pack = 200 if script == "train.py" else None
-    assert dataclasses.asdict(seen["fit"]["settings"]) == {**SETTINGS, "pack": pack}
+    assert dataclasses.asdict(seen["fit"]["settings"]) == {**SETTINGS, "pack": pack, "offload": True}
     assert not SETTINGS.items() & dataclasses.asdict(training.Settings()).items()
     model, attached = seen["fit"]["model"], seen["attach"]
-    assert model.model.gradient_checkpointing and len(seen["fit"]["eval_items"]) == len(seen["fit"]["items"]) == 24
+    assert {block.again for block in model.model.layers} == {"block"}
+    assert len(seen["fit"]["eval_items"]) == len(seen["fit"]["items"]) == 24
     wanted = dict(r=4, alpha=9, dropout=0.25, targets=["q_proj", "v_proj"], rslora=True, seed=7)
     assert attached["model"] is model and {key: attached[key] for key in wanted} == wanted
     loaded = dict(source="model", device="cpu", dtype=torch.bfloat16, int4=Scheme(8, 64, symmetric=False), adapter=None,

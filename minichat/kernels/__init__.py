@@ -4,8 +4,11 @@ The package index has a package named `kernels`, so the folder of that name is n
 submodules of this one, from `src` in a wheel and from the checkout's `kernels/` otherwise.
 """
 
+import functools
 import importlib
+import importlib.util
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -32,9 +35,25 @@ def for_device(device: torch.device) -> ModuleType:
 
         if cpu.available():
             return cpu
+    if device.type == "cuda" and choice == "" and _has_triton(device):
+        return named("int4_triton")
     return named("int4_hpu" if device.type == "hpu" and choice == "" else "int4_reference")
 
 
 def named(name: str) -> ModuleType:
     """The kernel module called `name` ("int4_reference", "cpu"): the one that packed a weight must also read it."""
     return importlib.import_module(f"minichat.kernels.{name}")
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether the CUDA kernel runs there; says on stderr in one line why not, once."""
+    major, minor = torch.cuda.get_device_capability(device)
+    why = None
+    if importlib.util.find_spec("triton") is None:
+        why = "triton is not installed: pip install triton"
+    elif major < 8:
+        why = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and the kernel needs 8.0"
+    if why:
+        print(f"minichat: INT4 runs on the slow reference: {why}", file=sys.stderr)
+    return why is None

@@ -1,0 +1,430 @@
+"""INT4 and bf16 on a GPU: limits, kernels, the model end to end, and peers on the same card, in one call.
+
+    python bench/gpu.py --record                     # under 10 minutes; torch, triton and transformers; no network
+    python bench/gpu.py --gpt-fast FOLDER            # a copy of gpt-fast runs beside it
+    TRITON_INTERPRET=1 python bench/gpu.py --dry     # whether all of it runs: on the CPU, tiny, and no figures
+
+Weights have Mistral-7B's shape and are random, made on the card. Each part is a process of its own with a time limit;
+one that fails says so and leaves the others. Kernels run as graphs over copies that fill the cache twice. Decoding is
+by gpt-fast's protocol: 200 new tokens at temperature 0.8 and top-k 200, prefill included; and without it, less a run of
+one token. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+DRY = "--dry" in sys.argv
+D, INNER, LAYERS, HEADS, KV_HEADS, VOCAB = (256, 384, 2, 4, 2, 512) if DRY else (4096, 14336, 32, 32, 8, 32000)
+HD = D // HEADS
+NEW, REPEATS = (8, 2) if DRY else (200, 5)
+SHAPES = {
+    "qkv": (D + 2 * KV_HEADS * HD, D),
+    "o": (D, D),
+    "gate_up": (2 * INNER, D),
+    "down": (D, INNER),
+    "head": (VOCAB, D),
+}
+GROUP = 128
+PARTS = {  # seconds that each may take
+    "limits": 60,
+    "kernels": 120,
+    "int4": 150,
+    "bf16": 90,
+    "load": 120,
+    "gpt_fast": 180,
+    "transformers": 180,
+}
+
+
+def where():
+    import torch
+
+    return torch.device("cpu" if DRY else "cuda")
+
+
+def wait() -> None:
+    import torch
+
+    if not DRY:
+        torch.cuda.synchronize()
+
+
+def seconds_of(run, repeats: int = 7) -> float:
+    """The median time of run(), which is many launches: a graph that is replayed, or called where there is none."""
+    import torch
+
+    run()
+    wait()
+    call = run
+    if not DRY:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        call = graph.replay
+        call()
+    times = []
+    for _ in range(repeats):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+# ---- limits ----
+
+
+def limits() -> dict:
+    """What the memory and the tensor cores give, and what lies between two kernels."""
+    import torch
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def read(x, out, steps, BLOCK: tl.constexpr):
+        at, found = tl.program_id(0) * steps * BLOCK + tl.arange(0, BLOCK), tl.zeros((BLOCK,), tl.int32)
+        for i in range(steps):
+            found ^= tl.load(x + at + i * BLOCK)
+        tl.store(out + tl.program_id(0), tl.max(found, axis=0))
+
+    size = 1 << (20 if DRY else 30)
+    block, steps = 2048, 16
+    x = torch.randint(-(2**31), 2**31 - 1, (size // 4,), device=where(), dtype=torch.int32)
+    y, out = torch.empty_like(x), torch.empty(len(x) // block // steps, dtype=torch.int32, device=where())
+    reading = seconds_of(lambda: read[(len(out),)](x, out, steps, block, num_warps=8))
+    copying = seconds_of(lambda: y.copy_(x))
+    n = 256 if DRY else 8192
+    a, b = (torch.randn(n, n, device=where(), dtype=torch.bfloat16) for _ in range(2))
+    product = seconds_of(lambda: [a @ b for _ in range(4)]) / 4
+    one = torch.zeros(1, device=where())
+    gap = seconds_of(lambda: [one.add_(1) for _ in range(1000)]) / 1000
+    return {
+        "read_gb_per_s": size / reading / 1e9,
+        "copy_gb_per_s": 2 * size / copying / 1e9,
+        "matmul_tflop_per_s": 2 * n**3 / product / 1e12,
+        "launch_microseconds": gap * 1e6,
+    }
+
+
+# ---- kernels ----
+
+
+def packed_weight(N: int, K: int):
+    """A random weight in the CUDA kernel's layout."""
+    import torch
+    from minichat.kernels.int4_reference import Packed
+
+    codes = torch.randint(-(2**15), 2**15, (-(-N // 16), K // 128, 16, 32), device=where(), dtype=torch.int16)
+    scale = (torch.rand(-(-N // 16), K // GROUP, 16, device=where()) + 0.5) * 0.004
+    return Packed(codes, scale.bfloat16(), None, N, K, GROUP, 4)
+
+
+def kernels(read_gb_per_s: float) -> dict:
+    """Microseconds, and the share of what the memory gives, of each weight by so many tokens; torch's beside them."""
+    import torch
+    import torch.nn.functional as F
+
+    from minichat.kernels import named
+
+    int4, found = named("int4_triton"), {}
+    cache = 0 if DRY else torch.cuda.get_device_properties(0).L2_cache_size
+    for name, (N, K) in SHAPES.items():
+        size = N * K // 2 + 2 * N * K // GROUP
+        copies = 2 if DRY else 2 * cache // size + 2
+        ours, floats = [packed_weight(N, K) for _ in range(copies)], []
+        floats = [torch.randn(N, K, device=where(), dtype=torch.bfloat16) for _ in range(max(2, copies // 4))]
+        theirs = tinygemm_weights(N, K, copies)
+        for M in (1, 16) if DRY else (1, 4, 16, 32, 64, 128):
+            x = torch.randn(M, K, device=where(), dtype=torch.bfloat16)
+            out = torch.empty(M, N, device=where(), dtype=torch.bfloat16)
+            row = found[f"{name} {M}"] = {}
+            took = seconds_of(lambda: [int4.linear(x, w, out) for w in ours]) / copies  # noqa: B023
+            row["int4"] = {"microseconds": took * 1e6, "share": size / took / 1e9 / read_gb_per_s}
+            took = seconds_of(lambda: [F.linear(x, w) for w in floats]) / len(floats)  # noqa: B023
+            row["cublas_bf16"] = {"microseconds": took * 1e6, "share": 2 * N * K / took / 1e9 / read_gb_per_s}
+            if theirs:
+                multiply = torch.ops.aten._weight_int4pack_mm
+                took = seconds_of(lambda: [multiply(x, w, GROUP, s) for w, s in theirs]) / copies  # noqa: B023
+                row["tinygemm"] = {"microseconds": took * 1e6, "share": size / took / 1e9 / read_gb_per_s}
+            if M == 1:  # the kernel on float weights, as the fused bf16 step has it
+                took = seconds_of(lambda: [int4.linear(x, w, out) for w in floats]) / len(floats)  # noqa: B023
+                row["bf16"] = {"microseconds": took * 1e6, "share": 2 * N * K / took / 1e9 / read_gb_per_s}
+    return found
+
+
+def tinygemm_weights(N: int, K: int, copies: int) -> list:
+    import torch
+
+    if DRY:
+        return []
+    made = []
+    for _ in range(copies):
+        pairs = torch.randint(0, 256, (N, K // 2), device=where(), dtype=torch.uint8)
+        weight = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+        made.append((weight, torch.rand(K // GROUP, N, 2, device=where(), dtype=torch.bfloat16) / 100))
+    return made
+
+
+# ---- the model ----
+
+
+def make_model(quantised: bool):
+    import torch
+    from torch import nn
+
+    from minichat import int4
+    from minichat.model import Config, without_weights
+
+    model = without_weights(Config(VOCAB, D, INNER, LAYERS, HEADS, KV_HEADS, HD, 4096, 32768, rms_norm_eps=1e-5))
+    for name, module in list(model.named_modules()):
+        parent, _, leaf = name.rpartition(".")
+        if quantised and isinstance(module, nn.Linear) and name != "lm_head":
+            linear = int4.Int4Linear(packed_weight(module.out_features, module.in_features), "int4_triton")
+            setattr(model.get_submodule(parent), leaf, linear)
+        elif isinstance(getattr(module, "weight", None), nn.Parameter):
+            shape = module.weight.shape
+            drawn = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, device=where()) * 0.02
+            module.weight = nn.Parameter(drawn.to(where(), torch.bfloat16), requires_grad=False)
+    return model.eval()
+
+
+def weight_bytes(model) -> int:
+    """What one token reads of the weights: all but the embedding's other rows."""
+    tensors = [*model.model.layers.buffers(), *model.model.layers.parameters(), model.lm_head.weight]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def end_to_end(quantised: bool, read_gb_per_s: float, matmul_tflop_per_s: float) -> dict:
+    """Tokens/s with prefill and without, by prompt length and batch; prefill's arithmetic beside the card's."""
+    import torch
+
+    from minichat.generation import Sampling, decode
+
+    model, found = make_model(quantised), {}
+    plan = [(1, 32), (1, 128), (1, 2048), (4, 32), (16, 32), (32, 32)] if quantised else [(1, 32), (1, 2048)]
+    for rows, length in [(1, 8), (4, 8)] if DRY else plan:
+        prompts = torch.randint(3, VOCAB, (rows, length)).tolist()
+
+        def run(new: int, prompts=prompts) -> tuple[float, float]:
+            """Seconds in all, and to the first token."""
+            wait()
+            start = time.perf_counter()
+            steps = decode(model, prompts, new, Sampling(0.8, top_k=200, seed=1), ())
+            next(steps)
+            first = time.perf_counter() - start
+            for _ in steps:
+                pass
+            wait()
+            return time.perf_counter() - start, first
+
+        run(NEW)
+        whole = statistics.mean(run(NEW)[0] for _ in range(REPEATS))
+        alone = statistics.median(run(1)[0] for _ in range(REPEATS))
+        rate = rows * (NEW - 1) / (whole - alone)
+        work = 2 * rows * length * (sum(N * K for N, K in SHAPES.values()) - VOCAB * D) * LAYERS
+        found[f"batch {rows}, prompt {length}"] = {
+            "tokens_per_s_with_prefill": rows * NEW / whole,
+            "tokens_per_s": rate,
+            "bandwidth_share": rate / rows * weight_bytes(model) / 1e9 / read_gb_per_s,
+            "first_token_seconds": alone,
+            "prefill_share": work / alone / 1e12 / matmul_tflop_per_s,
+        }
+    if not DRY:
+        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return found
+
+
+def load() -> dict:
+    """A bf16 folder in shared memory: seconds until it is INT4 on the card, and until its first token.
+
+    Of the second of two processes: the first compiles the kernels.
+    """
+    import minichat
+    from minichat.cli import BASE
+    from minichat.tokenizer import Tokenizer
+
+    folder = Path("/dev/shm/minichat-bench")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        model, tokenizer = make_model(False), Tokenizer(BASE)
+        minichat.save(model, tokenizer, folder)
+        del model
+        code = f"""
+import json, sys, time
+start = time.perf_counter()
+sys.path.insert(0, {str(ROOT)!r})
+import torch, minichat
+from minichat import int4, weights
+imported = time.perf_counter()
+model, _ = weights.load_model({str(folder)!r}, {str(where())!r}, torch.bfloat16, int4.Scheme(group_size={GROUP}))
+loaded = time.perf_counter()
+minichat.generate(model, [[5] * 32], 1, stop_ids=())
+print(json.dumps({{"import_seconds": imported - start, "load_seconds": loaded - imported,
+                  "first_token_seconds": time.perf_counter() - imported}}))
+"""
+        for _ in range(2):
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---- peers ----
+
+
+def transformers() -> dict:
+    """transformers in bf16 with its static cache, compiled: decoding a batch of one."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=VOCAB, hidden_size=D, intermediate_size=INNER, num_hidden_layers=LAYERS, head_dim=HD,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, sliding_window=None, max_position_embeddings=32768,
+    )  # fmt: skip
+    with where():
+        model = MistralForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+    ids = torch.randint(3, VOCAB, (1, 32), device=where())
+
+    def run(new: int) -> float:
+        wait()
+        start = time.perf_counter()
+        cache = {} if DRY else {"cache_implementation": "static"}
+        model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=True, temperature=0.8, top_k=200,
+                       pad_token_id=0, **cache)  # fmt: skip
+        wait()
+        return time.perf_counter() - start
+
+    for _ in range(2):
+        run(NEW)
+    whole, alone = (statistics.median(run(new) for _ in range(3)) for new in (NEW, 1))
+    return {"batch 1, prompt 32": {"tokens_per_s": (NEW - 1) / (whole - alone)}}
+
+
+def gpt_fast(folder: Path) -> dict:
+    """gpt-fast's own code, INT4 in groups of 128, compiled as its README says."""
+    sys.path.insert(0, str(folder))
+    sys.argv = sys.argv[:1]
+    import generate as theirs
+    import torch
+    from model import ModelArgs, Transformer
+    from quantize import WeightOnlyInt4QuantHandler
+
+    with torch.device("meta"):
+        model = Transformer(ModelArgs.from_name("Mistral-7B"))
+        model = WeightOnlyInt4QuantHandler(model, GROUP).convert_for_runtime()
+    model = model.to_empty(device="cuda")
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == torch.int32:
+            tensor.random_(-(2**31), 2**31 - 1)
+        elif tensor.is_floating_point():
+            tensor.data = torch.randn(tensor.shape, device="cuda").to(torch.bfloat16) / 100
+    theirs.decode_one_token = torch.compile(theirs.decode_one_token, mode="reduce-overhead", fullgraph=True)
+    prompt = torch.randint(3, VOCAB, (32,), device="cuda", dtype=torch.int32)
+    times = []
+    for _ in range(6):
+        wait()
+        start = time.perf_counter()
+        theirs.generate(
+            model, prompt, NEW, batch_size=1, interactive=False, draft_model=None, temperature=0.8, top_k=200
+        )
+        wait()
+        times.append(time.perf_counter() - start)
+    return {"batch 1, prompt 32": {"tokens_per_s_with_prefill": NEW / statistics.mean(times[1:])}}
+
+
+# ---- the run ----
+
+
+def part(name: str, args: argparse.Namespace, known: dict) -> dict:
+    """What one part printed, or why it failed."""
+    command = [sys.executable, __file__, "--part", name, "--known", json.dumps(known)]
+    command += ["--dry"] * DRY + (["--gpt-fast", str(args.gpt_fast)] if args.gpt_fast else [])
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PARTS[name])
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took more than {PARTS[name]} s"}
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_part(name: str, args: argparse.Namespace) -> dict:
+    known = json.loads(args.known)
+    if name in ("int4", "bf16"):
+        return end_to_end(name == "int4", known["read_gb_per_s"], known["matmul_tflop_per_s"])
+    if name == "kernels":
+        return kernels(known["read_gb_per_s"])
+    return gpt_fast(args.gpt_fast) if name == "gpt_fast" else globals()[name]()
+
+
+def show(found: dict, indent: str = "") -> None:
+    for name, value in found.items():
+        if isinstance(value, dict) and any(isinstance(inside, dict) for inside in value.values()):
+            print(f"{indent}{name}")
+            show(value, indent + "  ")
+        elif isinstance(value, dict):
+            figures = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
+            print(f"{indent}{name:22} {figures}")
+        else:
+            print(f"{indent}{name:22} {value:.4g}" if isinstance(value, float) else f"{indent}{name:22} {value}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", action="store_true", help="write bench/results/cuda.json")
+    parser.add_argument("--gpt-fast", type=Path, metavar="FOLDER", help="a copy of gpt-fast, to run beside")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS], help="these parts, and limits")
+    parser.add_argument("--dry", action="store_true", help="tiny and on the CPU: whether it runs")
+    parser.add_argument("--part", choices=[*PARTS], help=argparse.SUPPRESS)
+    parser.add_argument("--known", default="{}", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        print(json.dumps(run_part(args.part, args)))
+        return
+    import torch
+
+    if not DRY and not torch.cuda.is_available():
+        sys.exit("error: torch sees no GPU; --dry runs all of it, tiny, on the CPU")
+    found: dict[str, dict] = {}
+    for name in PARTS:
+        wanted = name == "limits" or (name in args.only if args.only else name != "gpt_fast" or args.gpt_fast)
+        if wanted:
+            found[name] = part(name, args, found.get("limits", {}))
+            print(name)
+            show(found[name], "  ")
+            sys.stdout.flush()
+        if name == "limits" and "failed" in found[name]:
+            sys.exit(1)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    import triton
+
+    content = {
+        "command": "python bench/gpu.py --record",
+        "commit": commit.strip() or None,
+        "machine": "the CPU" if DRY else torch.cuda.get_device_name(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
+        **found,
+    }
+    if args.record and not DRY:
+        (ROOT / "bench" / "results" / "cuda.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(json.dumps(content))
+    if any("failed" in figures for figures in found.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,100 @@
+"""Find the CUDA kernel's tiles for this card by timing them, and keep them in the cache folder.
+
+python -m minichat.tune                     # Mistral-7B's weights, for 1, 16 and 32 tokens
+python -m minichat.tune --model FOLDER --tokens 1
+"""
+
+import itertools
+import json
+import statistics
+import sys
+
+import torch
+
+from minichat import cli
+from minichat import device as devices
+from minichat.errors import BadInput
+
+MISTRAL = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]  # q, k, v together; o; gate and up; down
+ROWS, WARPS, STAGES, PROGRAMS = (32, 64, 128), (2, 4), (3, 4), (2, 4, 6)  # of TABLES in int4_triton.py
+
+
+def main() -> None:
+    parser = cli.Parser(__doc__, prog="python -m minichat.tune")
+    parser.add_argument("--model", metavar="FOLDER", help="whose weights (without it: Mistral-7B's)")
+    parser.add_argument("--device", default="auto", help="cuda or cuda:N")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 32], help="at a time")
+    args = parser.parse_args()
+    where = devices.pick(args.device)
+    if where.type != "cuda":
+        raise BadInput(f"--device {args.device} is {where.type} here; tiles are tuned on a GPU")
+    from minichat.kernels import int4_triton
+
+    shapes, file = MISTRAL, int4_triton.tuned_file(where)
+    if args.model:
+        from minichat import weights
+
+        c = weights.read_config(weights.resolve(args.model))
+        qkv, D = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim, c.hidden_size
+        shapes = [(qkv, D), (D, c.num_attention_heads * c.head_dim), (2 * c.intermediate_size, D)]
+        shapes.append((D, c.intermediate_size))
+    table = dict(int4_triton.tuned(where))
+    for tokens, (N, K) in itertools.product(args.tokens, shapes):
+        name = f"{max(8, 1 << (tokens - 1).bit_length())} {N} {K}"
+        before, best, found = tune(where, tokens, N, K, name)
+        table[name] = found
+        print(f"{name}: {before:.1f} -> {best:.1f} microseconds with {found}", flush=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"minichat: kept in {file}", file=sys.stderr)
+
+
+def tune(where: torch.device, tokens: int, N: int, K: int, name: str) -> tuple[float, float, list[int]]:
+    """Microseconds with the table's tile and with the best, and that: rows, warps, stages, programs."""
+    from minichat.kernels import int4_triton
+    from minichat.kernels.int4_reference import Packed
+
+    cache = torch.cuda.get_device_properties(where).L2_cache_size
+    weights = []
+    for _ in range(2 * cache // (N * K // 2) + 2):  # more than the cache holds
+        codes = torch.randint(-(2**15), 2**15, (N // 16, K // 128, 16, 32), device=where, dtype=torch.int16)
+        scale = torch.rand(N // 16, K // 128, 16, device=where).bfloat16() / 100
+        weights.append(Packed(codes, scale, None, N, K, 128, 4))
+    x = torch.randn(tokens, K, device=where, dtype=torch.bfloat16)
+    out = torch.empty(tokens, N, device=where, dtype=torch.bfloat16)
+    known = int4_triton.tuned(where)
+
+    def seconds(tile: list[int]) -> float:
+        known[name] = tile
+        run = lambda: [int4_triton.linear(x, weight, out) for weight in weights]  # noqa: E731
+        run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        times = []
+        for _ in range(5):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return statistics.median(times) / len(weights)
+
+    kind, _ = int4_triton.card(where)
+    default = known.get(name) or list(int4_triton.TABLES[kind][int(name.split()[0])])
+    before = best = seconds(default)
+    found = default
+    for tile in map(list, itertools.product(ROWS, WARPS, STAGES, PROGRAMS)):
+        try:
+            took = seconds(tile)
+        except Exception:  # more registers or shared memory than there are, a layout that does not compile
+            continue
+        if took < best:
+            best, found = took, tile
+    known[name] = found
+    return before * 1e6, best * 1e6, found
+
+
+if __name__ == "__main__":
+    cli.run(main)
