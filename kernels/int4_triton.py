@@ -42,9 +42,9 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, 
 # tensor memory of sm_100, and spend their time getting weights into it.
 GENERIC = {8: (64, 2, 4, 6), 16: (64, 2, 3, 6), 32: (64, 4, 3, 4), 64: (128, 8, 3, 2), 128: (32, 4, 3, 2)}
 TABLES = {
-    80: GENERIC,
-    86: {**GENERIC, 8: (64, 2, 3, 4), 16: (64, 2, 3, 4)},  # less shared memory, and less bandwidth to fill
-    89: {**GENERIC, 8: (64, 2, 3, 4), 16: (64, 2, 3, 4)},
+    80: {**GENERIC, 16: (64, 4, 3, 4)},
+    86: {**GENERIC, 8: (64, 2, 3, 4), 16: (64, 4, 3, 3)},  # less shared memory, and less bandwidth to fill
+    89: {**GENERIC, 8: (64, 2, 3, 4), 16: (64, 4, 3, 3)},
     90: {**GENERIC, 128: (128, 8, 3, 1)},
     100: {**GENERIC, 32: (32, 2, 3, 8), 64: (32, 4, 3, 4), 128: (16, 4, 3, 4)},
 }
