@@ -165,10 +165,9 @@ INLINE V pick(V a, V b, I index) {
 #endif
 }
 
-// W 16-bit numbers as 32-bit ones; compilers write this one instruction as four.
+// W 16-bit numbers, or signed bytes, as 32-bit ones; compilers write each of these instructions as four, or as dozens.
 template <int W>
 INLINE typename Lanes<W>::U widen(const uint16_t* p) {
-    using H = typename Lanes<W>::H;
 #if defined(__x86_64__) && !defined(PORTABLE_ONLY)
     if constexpr (W > 4) {
         typename Lanes<W>::U wide;
@@ -176,7 +175,19 @@ INLINE typename Lanes<W>::U widen(const uint16_t* p) {
         return wide;
     }
 #endif
-    return __builtin_convertvector(load<H>(p), typename Lanes<W>::U);
+    return __builtin_convertvector(load<typename Lanes<W>::H>(p), typename Lanes<W>::U);
+}
+
+template <int W>
+INLINE typename Lanes<W>::I widen(const int8_t* p) {
+#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+    if constexpr (W > 4) {
+        typename Lanes<W>::I wide;
+        asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const int8_t(*)[W]>(p)));
+        return wide;
+    }
+#endif
+    return __builtin_convertvector(load<typename Lanes<W>::S>(p), typename Lanes<W>::I);
 }
 
 // W numbers of a kind as fp32, exactly.
@@ -185,11 +196,7 @@ INLINE typename Lanes<W>::F load_floats(const void* p, Kind kind, int64_t at) {
     using F = typename Lanes<W>::F;
     using U = typename Lanes<W>::U;
     if (kind == FP32) return load<F>(static_cast<const float*>(p) + at);
-    if (kind == INT8) {
-        using Bytes = typename Lanes<W>::S;
-        using I = typename Lanes<W>::I;
-        return __builtin_convertvector(__builtin_convertvector(load<Bytes>(static_cast<const int8_t*>(p) + at), I), F);
-    }
+    if (kind == INT8) return __builtin_convertvector(widen<W>(static_cast<const int8_t*>(p) + at), F);
     const U half = widen<W>(static_cast<const uint16_t*>(p) + at);
     if (kind == BF16) return (F)(half << 16);
     const F magnitude = (F)((half & 0x7fff) << 13) * 0x1p112f;  // moves the exponent's bias from 15 to 127

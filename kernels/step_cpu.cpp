@@ -49,8 +49,8 @@ constexpr int HEADS = 4;  // of those that share a key head, handled together: e
 struct Scratch {
     float *h, *qkv, *attended, *gate, *up;  // (M, D), (M, (H + 2 KvH) Hd), (M, H Hd), (M, inner) twice
     uint8_t* chunks;
-    float* scores;                          // of each thread (stride, HEADS)
-    int64_t* positions;                     // of each thread (slots)
+    float *scores, *queries, *mixed;        // of each thread (stride, HEADS), (HEADS, Hd) twice
+    uint8_t* sees;                          // (M, stride): 255 for the keys that a token sees, else 0
     int64_t stride, bytes;
 
     Scratch(const Step& s, int threads) {
@@ -72,7 +72,9 @@ struct Scratch {
         chunks = take(M * widest / CHUNK * static_cast<int64_t>(sizeof(Chunk<2>)));
         stride = (s.slots + ROWS - 1) / ROWS * ROWS;
         scores = reinterpret_cast<float*>(take(4 * threads * HEADS * stride));
-        positions = reinterpret_cast<int64_t*>(take(8 * threads * s.slots));
+        queries = reinterpret_cast<float*>(take(4 * threads * HEADS * s.Hd));
+        mixed = reinterpret_cast<float*>(take(4 * threads * HEADS * s.Hd));
+        sees = take(M * stride);
     }
 };
 
@@ -185,43 +187,77 @@ INLINE typename Lanes<W>::F by_head(typename Lanes<W>::F v, Of of) {
     return all;
 }
 
+// 2 W numbers of a cache, in the order in which they come out fastest: of bf16 the even ones first, then the odd ones.
+template <int W, Kind KIND>
+INLINE void load_two(const void* cache, int64_t at, typename Lanes<W>::F (&two)[2]) {
+    using F = typename Lanes<W>::F;
+    using U = typename Lanes<W>::U;
+    if (KIND == BF16) {
+        const U words = load<U>(static_cast<const uint16_t*>(cache) + at);
+        two[0] = (F)(words << 16), two[1] = (F)(words & 0xffff0000);
+    } else {
+        for (int i = 0; i < 2; i++) two[i] = load_floats<W>(cache, KIND, at + i * W);
+    }
+}
+
+// (Hd) into that order, or out of it
+template <int W, Kind KIND>
+INLINE void arrange(float* x, int64_t Hd, bool back) {
+    for (int64_t d = 0; KIND == BF16 && d < Hd; d += 2 * W) {
+        float two[2 * W];
+        for (int i = 0; i < 2 * W; i++) {
+            const int other = i % 2 * W + i / 2;
+            two[back ? i : other] = x[d + (back ? other : i)];
+        }
+        std::copy(two, two + 2 * W, x + d);
+    }
+}
+
+// Lane i: the number of its key.
+template <int W>
+INLINE typename Lanes<W>::F by_key(const float* numbers) {
+    typename Lanes<W>::F all;
+    for (int i = 0; i < W; i++) all[i] = numbers[i / HEADS];
+    return all;
+}
+
 // scores (seen, 4) of 4 heads' queries with one key head's keys, -inf where a key is not seen
 template <int W, Kind KIND>
-INLINE void score(const Step& s, const float* const* q, const void* keys, int64_t at, const int64_t* positions,
-                  int64_t now, const float* scales, float* scores) {
+INLINE void score(const Step& s, const float* q, const void* keys, int64_t at, const uint8_t* sees,
+                  const float* scales, float* scores) {
     using F = typename Lanes<W>::F;
     constexpr int KEYS = W / HEADS;
     const float root = 1 / __builtin_sqrtf(static_cast<float>(s.Hd));
     for (int64_t k = 0; k < s.seen; k += KEYS) {
         int64_t rows[KEYS];
-        bool sees[KEYS], any = false, all = true;
+        float of_bytes[KEYS];
 #pragma GCC unroll 4
         for (int i = 0; i < KEYS; i++) {
-            const int64_t key = std::min(k + i, s.seen - 1), p = positions[key];
+            const int64_t key = std::min(k + i, s.seen - 1);
             rows[i] = at + key * s.Hd;
-            sees[i] = k + i < s.seen && (now < 0 || (p >= 0 && p <= now && (s.window == 0 || p > now - s.window)));
-            any |= sees[i], all &= sees[i];
+            if (KIND == INT8) of_bytes[i] = scales[key];
             fetch<KIND>(keys, rows[i] + AHEAD * s.Hd, s.Hd);
         }
+        int32_t some = 0, all = 255;
+#pragma GCC unroll 4
+        for (int i = 0; i < KEYS; i++) some |= sees[k + i], all &= sees[k + i];
         F sum[W] = {};
-        for (int64_t d = 0; any && d < s.Hd; d += W) {
-            F key[KEYS];
+        for (int64_t d = 0; some && d < s.Hd; d += 2 * W) {
+            F key[KEYS][2];
 #pragma GCC unroll 4
-            for (int i = 0; i < KEYS; i++) key[i] = load_floats<W>(keys, KIND, rows[i] + d);
+            for (int i = 0; i < KEYS; i++) load_two<W, KIND>(keys, rows[i] + d, key[i]);
+#pragma GCC unroll 8
+            for (int p = 0; p < 2 * HEADS; p++) {
+                const F query = load<F>(q + p / 2 * s.Hd + d + p % 2 * W);
 #pragma GCC unroll 4
-            for (int h = 0; h < HEADS; h++) {
-                const F query = load<F>(q[h] + d);
-#pragma GCC unroll 4
-                for (int i = 0; i < KEYS; i++) sum[i * HEADS + h] += query * key[i];
+                for (int i = 0; i < KEYS; i++) sum[i * HEADS + p / 2] += query * key[i][p % 2];
             }
         }
-        store(scores + k * HEADS, sums_of<W>(sum) * root);
-        for (int i = 0; (KIND == INT8 || !all) && i < KEYS; i++)
-            for (int h = 0; h < HEADS; h++)
-                if (float& one = scores[(k + i) * HEADS + h]; !sees[i])
-                    one = -__builtin_inff();
-                else if (KIND == INT8)
-                    one *= scales[k + i];
+        F found = sums_of<W>(sum) * root;
+        if (KIND == INT8) found *= by_key<W>(of_bytes);
+        store(scores + k * HEADS, found);
+        for (int i = 0; !all && i < KEYS * HEADS; i++)
+            if (!sees[k + i / HEADS]) scores[k * HEADS + i] = -__builtin_inff();
     }
 }
 
@@ -241,32 +277,37 @@ INLINE typename Lanes<W>::F softmax(float* scores, int64_t seen, const float* sc
         sums += e;
         store(scores + k * HEADS, e);
     }
-    for (int64_t i = 0; KIND == INT8 && i < seen * HEADS; i++) scores[i] *= scales[i / HEADS];
+    for (int64_t k = 0; KIND == INT8 && k < seen; k += KEYS) {
+        float of_bytes[KEYS];
+        for (int i = 0; i < KEYS; i++) of_bytes[i] = scales[std::min(k + i, seen - 1)];
+        store(scores + k * HEADS, load<F>(scores + k * HEADS) * by_key<W>(of_bytes));
+    }
     return by_head<W>(sums, [](float a, float b) { return a + b; });
 }
 
-// out (heads, Hd) += weights (seen, 4) @ values (seen, Hd): some keys at a time, and of those V vectors at a time
-template <int W, Kind KIND, int V>
-INLINE void mix(const Step& s, const float* weights, const void* values, int64_t at, float* out, int64_t heads) {
+// out (4, Hd) += weights (seen, 4) @ values (seen, Hd): some keys at a time, and of those 2 P vectors at a time
+template <int W, Kind KIND, int P>
+INLINE void mix(const Step& s, const float* weights, const void* values, int64_t at, float* out) {
     using F = typename Lanes<W>::F;
     for (int64_t first = 0; first < s.seen; first += BLOCK) {
         const int64_t last = std::min(first + BLOCK, s.seen);
-        for (int64_t d = 0; d < s.Hd; d += V * W) {
-            F sum[HEADS][V] = {};
+        for (int64_t d = 0; d < s.Hd; d += P * 2 * W) {
+            F sum[HEADS][P][2] = {};
             for (int64_t k = first; k < last; k++) {
                 if (d == 0) fetch<KIND>(values, at + (k + AHEAD) * s.Hd, s.Hd);
 #pragma GCC unroll 4
-                for (int i = 0; i < V; i++) {
-                    const F value = load_floats<W>(values, KIND, at + k * s.Hd + d + i * W);
-#pragma GCC unroll 4
-                    for (int h = 0; h < HEADS; h++) sum[h][i] += value * weights[k * HEADS + h];
+                for (int i = 0; i < P; i++) {
+                    F value[2];
+                    load_two<W, KIND>(values, at + k * s.Hd + d + i * 2 * W, value);
+#pragma GCC unroll 8
+                    for (int p = 0; p < 2 * HEADS; p++) sum[p / 2][i][p % 2] += value[p % 2] * weights[k * HEADS + p / 2];
                 }
             }
-#pragma GCC unroll 4
-            for (int h = 0; h < HEADS; h++)
-#pragma GCC unroll 4
-                for (int i = 0; i < V; i++)
-                    if (float* to = out + h * s.Hd + d + i * W; h < heads) store(to, load<F>(to) + sum[h][i]);
+#pragma GCC unroll 16
+            for (int p = 0; p < HEADS * P * 2; p++) {
+                float* to = out + p / (2 * P) * s.Hd + d + p % (2 * P) * W;
+                store(to, load<F>(to) + sum[p / (2 * P)][p / 2 % P][p % 2]);
+            }
         }
     }
 }
@@ -274,35 +315,40 @@ INLINE void mix(const Step& s, const float* weights, const void* values, int64_t
 // One key head of one sequence: its tokens one after the other, each into the cache and then over what is there. So a
 // ring as long as the window is right: a token replaces the one that falls out of its own window.
 template <int W, Kind KIND>
-INLINE void attend(const Step& s, const Layer& layer, const Scratch& mine, int64_t b, int64_t head, float* scores,
-                   int64_t* positions) {
+INLINE void attend(const Step& s, const Layer& layer, const Scratch& mine, int64_t b, int64_t head, int64_t thread) {
     const int64_t G = s.H / s.KvH, row = (s.H + 2 * s.KvH) * s.Hd, base = (b * s.KvH + head) * s.slots;
+    const int64_t first = base * s.Hd;
     const float *key_scales = layer.key_scales + base, *value_scales = layer.value_scales + base;
-    std::copy(s.positions + b * s.slots, s.positions + b * s.slots + s.seen, positions);
+    float* scores = mine.scores + thread * HEADS * mine.stride;
+    float *queries = mine.queries + thread * HEADS * s.Hd, *mixed = mine.mixed + thread * HEADS * s.Hd;
     for (int64_t t = 0; t < s.T; t++) {
-        const int64_t m = b * s.T + t, slot = (s.column + t) % s.slots;
+        const int64_t m = b * s.T + t, slot = base + (s.column + t) % s.slots;
+        const float *cos = s.cos + m * s.Hd, *sin = s.sin + m * s.Hd;
         float* q = mine.qkv + m * row + head * G * s.Hd;
         float* k = mine.qkv + m * row + (s.H + head) * s.Hd;
         const float* v = k + s.KvH * s.Hd;
-        for (int64_t g = 0; g < G; g++) rotate(q + g * s.Hd, s.cos + m * s.Hd, s.sin + m * s.Hd, s.Hd);
-        rotate(k, s.cos + m * s.Hd, s.sin + m * s.Hd, s.Hd);
-        keep<KIND>(layer.keys, layer.key_scales, base + slot, k, s.Hd);
-        keep<KIND>(layer.values, layer.value_scales, base + slot, v, s.Hd);
-        positions[slot] = s.new_positions[m];
-        const int64_t first = base * s.Hd;
+        for (int64_t g = 0; g < G; g++) rotate(q + g * s.Hd, cos, sin, s.Hd);
+        rotate(k, cos, sin, s.Hd);
+        keep<KIND>(layer.keys, layer.key_scales, slot, k, s.Hd);
+        keep<KIND>(layer.values, layer.value_scales, slot, v, s.Hd);
         for (int64_t g = 0; g < G; g += HEADS) {
             const int64_t heads = std::min<int64_t>(HEADS, G - g);
-            const float* queries[HEADS];
-            for (int h = 0; h < HEADS; h++) queries[h] = q + std::min(g + h, G - 1) * s.Hd;
-            score<W, KIND>(s, queries, layer.keys, first, positions, s.new_positions[m], key_scales, scores);
+            for (int64_t h = 0; h < HEADS; h++) {  // of fewer heads the last one again
+                const float* one = q + std::min(g + h, G - 1) * s.Hd;
+                arrange<W, KIND>(std::copy(one, one + s.Hd, queries + h * s.Hd) - s.Hd, s.Hd, false);
+            }
+            score<W, KIND>(s, queries, layer.keys, first, mine.sees + m * mine.stride, key_scales, scores);
             const auto sums = softmax<W, KIND>(scores, s.seen, value_scales);
-            float* out = mine.attended + (m * s.H + head * G + g) * s.Hd;
-            std::fill(out, out + heads * s.Hd, 0.0f);
+            std::fill(mixed, mixed + HEADS * s.Hd, 0.0f);
             if (W == 16 && s.Hd % (4 * W) == 0)  // as many sums as there are registers for
-                mix<W, KIND, 4>(s, scores, layer.values, first, out, heads);
+                mix<W, KIND, 2>(s, scores, layer.values, first, mixed);
             else
-                mix<W, KIND, 2>(s, scores, layer.values, first, out, heads);
-            for (int64_t i = 0; i < heads * s.Hd; i++) out[i] /= sums[i / s.Hd];
+                mix<W, KIND, 1>(s, scores, layer.values, first, mixed);
+            float* out = mine.attended + (m * s.H + head * G + g) * s.Hd;
+            for (int64_t h = 0; h < heads; h++) {
+                arrange<W, KIND>(mixed + h * s.Hd, s.Hd, true);
+                for (int64_t i = 0; i < s.Hd; i++) out[h * s.Hd + i] = mixed[h * s.Hd + i] / sums[h];
+            }
         }
     }
 }
@@ -365,17 +411,32 @@ struct Thread {
                 }
     }
 
+    // What each token sees, the same in all blocks: those before it in its sequence have replaced what was in their
+    // slots, those after it have not yet.
+    INLINE void look() const {
+        const Range part(M, thread, threads);
+        for (int64_t m = part.first; m < part.last; m++) {
+            const int64_t b = m / s.T, now = s.new_positions[m];
+            uint8_t* sees = mine.sees + m * mine.stride;
+            auto see = [&](int64_t slot, int64_t p) {
+                const bool seen = now < 0 || (p >= 0 && p <= now && (s.window == 0 || p > now - s.window));
+                sees[slot] = seen ? 255 : 0;
+            };
+            for (int64_t slot = 0; slot < s.seen; slot++) see(slot, s.positions[b * s.slots + slot]);
+            for (int64_t i = b * s.T; i <= m; i++) see((s.column + i - b * s.T) % s.slots, s.new_positions[i]);
+            std::fill(sees + s.seen, sees + mine.stride, uint8_t(0));
+        }
+    }
+
     INLINE void attention(const Layer& layer) const {
         const Range part(s.B * s.KvH, thread, threads);
-        float* scores = mine.scores + thread * HEADS * mine.stride;
-        int64_t* positions = mine.positions + thread * s.slots;
         for (int64_t i = part.first; i < part.last; i++)
             if (s.cache_kind == FP32)
-                attend<W, FP32>(s, layer, mine, i / s.KvH, i % s.KvH, scores, positions);
+                attend<W, FP32>(s, layer, mine, i / s.KvH, i % s.KvH, thread);
             else if (s.cache_kind == INT8)
-                attend<W, INT8>(s, layer, mine, i / s.KvH, i % s.KvH, scores, positions);
+                attend<W, INT8>(s, layer, mine, i / s.KvH, i % s.KvH, thread);
             else
-                attend<W, BF16>(s, layer, mine, i / s.KvH, i % s.KvH, scores, positions);
+                attend<W, BF16>(s, layer, mine, i / s.KvH, i % s.KvH, thread);
     }
 
     INLINE void block(const Layer& layer) const {
@@ -404,6 +465,7 @@ struct Thread {
     }
 
     INLINE void run() const {
+        look();
         for (int64_t i = 0; i < s.count; i++) block(s.layers[i]);
         const Range rows(M, thread, threads);
         for (int64_t m = rows.first; m < rows.last; m++)
