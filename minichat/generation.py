@@ -131,7 +131,7 @@ def decode(
     padded = device.padding(where) is not None or any(len(prompt) < ids.shape[1] for prompt in prompts)
     B, columns = len(ids), max(map(len, prompts)) + max_new_tokens  # padding needs no slot: the ring drops it first
     dtype = kv or (torch.bfloat16 if fused.fits(model) else model.dtype)
-    spare = speculation.MOST if speculate else 0
+    spare = speculation.SIZES[-1] if speculate else 0
     cache = KVCache(model.config, B, device.cache_slots(columns, B, where), where, dtype, spare)
     forward = fused.decoder(model, cache)
     if speculate:
@@ -254,14 +254,14 @@ def _with_drafts(
             left -= 1
             if left == 0 or token in stops:
                 return
-        draft = drafter.propose()[: left - 1]
+        draft, start = drafter.propose()[: left - 1], time.perf_counter()
         ids = torch.tensor([[found[-1], *draft]])
         positions = torch.arange(position, position + ids.shape[1])[None]
         best = model.lm_head(forward(ids.to(cache.device), positions.to(cache.device)))[0].argmax(dim=-1).tolist()
         device.mark_step(cache.device)
         right = next((i for i, token in enumerate(draft) if token != best[i]), len(draft))
         cache.rewind(len(draft) - right)
-        drafter.learn(len(draft), right)
+        drafter.learn(len(draft), right, time.perf_counter() - start)
         found = best[: right + 1]
         position += right + 1
 

@@ -4,17 +4,27 @@ A copy of an earlier passage, as in a summary or an edit, is guessed right for m
 draft in one forward pass, which costs about as much as one token where weights are read once for all of them.
 """
 
-LONGEST, SHORTEST = 4, 2  # tokens that have to agree before those that follow them are a draft
-FEWEST, MOST = 2, 15  # tokens of a draft
+LONGEST, SHORTEST = 4, 2  # tokens that have to agree before those that follow them are a draft; one more without credit
+SIZES = (1, 3, 7, 15)  # tokens of a draft: with the one before them they fill the kernels' tiles
+LOSS = 0.035  # of the time without drafts, what wrong ones may cost
+CREDIT, MOST_CREDIT = 1.0, 8.0  # in steps of one token: what may be lost at the start; what gains are kept for misses
+GUESS = 0.25  # what a token of a draft costs, until it was measured
 
 
 class Drafter:
-    """Proposes what may follow a sequence of ids, and how much of it as its proposals turn out."""
+    """Proposes what may follow a sequence of ids, as long as that pays.
+
+    What a draft costs depends on the machine, so that it is measured: a draft takes its seconds beyond those of one
+    token from a credit, and each token that was right puts those of one token there. One that the credit does not
+    cover is not made. So drafts cost LOSS of the time at most, and CREDIT, whatever the text and the machine.
+    """
 
     def __init__(self, ids: list[int]):
         self.ids: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}  # where each n-gram last ended, but the one at the very end
-        self._size, self._wait, self._pause = FEWEST, 0, 1
+        self._tried: set[int] = set()  # sizes of drafts, 0 for none; the first step of a size may have to be compiled,
+        self._seconds: dict[int, float] = {}  # and the least that a later one took
+        self._credit, self._level = CREDIT, 0
         for id in ids:
             self.append(id)
 
@@ -25,23 +35,36 @@ class Drafter:
         self.ids.append(id)
 
     def propose(self) -> list[int]:
-        """What followed the longest end of the ids that came before; nothing for a while after it was wrong."""
-        if self._wait:
-            self._wait -= 1
+        """What followed the longest end of the ids that came before; nothing where it is not worth its cost."""
+        if 0 not in self._seconds:
             return []
-        for n in range(min(LONGEST, len(self.ids)), SHORTEST - 1, -1):
+        for size in SIZES[self._level :: -1]:
+            if self._cost(size) <= self._credit:
+                break
+        else:
+            return []
+        for n in range(min(LONGEST, len(self.ids)), SHORTEST - 1 + (self._credit < CREDIT), -1):
             if (end := self._ends.get(tuple(self.ids[-n:]))) is not None:
                 period = len(self.ids) - end  # what came after it up to now, and that again
-                return [self.ids[end + i % period] for i in range(self._size)]
+                return [self.ids[end + i % period] for i in range(size)]
         return []
 
-    def learn(self, proposed: int, right: int) -> None:
-        """Of a draft's tokens so many were right: the next is longer; or none were, and there is a longer pause."""
-        if right == proposed > 0:
-            self._size = min(2 * self._size, MOST)
-        elif proposed:
-            self._size = max(FEWEST, right)
-        if right:
-            self._pause = 1
-        elif proposed:
-            self._wait, self._pause = self._pause, min(2 * self._pause, 32)
+    def learn(self, proposed: int, right: int, seconds: float) -> None:
+        """How many of a draft's tokens were right, 0 of 0 without one, and how long the step took that found out."""
+        if proposed in self._tried:
+            self._seconds[proposed] = min(self._seconds.get(proposed, seconds), seconds)
+            cost = self._cost(proposed)
+        else:  # no token costs more than a step of its own
+            cost = min(proposed, seconds / self._seconds[0] - 1) if proposed else 0
+        self._tried.add(proposed)
+        self._credit = min(self._credit + LOSS + right - cost, MOST_CREDIT)
+        if proposed:
+            most = SIZES[min(self._level + 1, len(SIZES) - 1)] if right == proposed else max(right, SIZES[0])
+            self._level = max(i for i, size in enumerate(SIZES) if size <= most)
+
+    def _cost(self, size: int) -> float:
+        """What a step with such a draft takes beyond one without, in steps of one token."""
+        if not size:
+            return 0
+        costs = {n: max(0.0, seconds / self._seconds[0] - 1) for n, seconds in self._seconds.items() if n}
+        return costs[size] if size in costs else size * max((cost / n for n, cost in costs.items()), default=GUESS)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from minichat.cache import KVCache
 from minichat.errors import BadInput
 from minichat.generation import generate
-from minichat.speculation import FEWEST, LONGEST, MOST, SHORTEST, Drafter
+from minichat.speculation import LONGEST, SHORTEST, SIZES, Drafter
 
 
 @pytest.mark.parametrize("window", [None, 8])
@@ -45,26 +45,58 @@ def test_it_takes_one_greedy_prompt():
 @given(ids=st.lists(st.integers(0, 3), max_size=60))
 @settings(deadline=None, max_examples=200)
 def test_a_draft_is_what_followed_the_longest_end_that_came_before(ids):
-    draft = Drafter(ids).propose()
+    drafter = Drafter(ids)
+    assert drafter.propose() == []  # before it is known what a step takes
+    for _ in range(2):
+        drafter.learn(0, 0, 1.0)
+    draft = drafter.propose()
     expected = []
     for n in range(SHORTEST, LONGEST + 1):
         for end in range(n, len(ids)):
             if ids[end - n : end] == ids[len(ids) - n :]:  # the latest of the longest
-                expected = (ids[end:] * FEWEST)[:FEWEST] if end < len(ids) else expected
+                expected = ids[end : end + SIZES[0]] or expected
     assert draft == expected
 
 
-def test_a_drafter_that_is_wrong_waits_longer_and_longer():
-    drafter, tried = Drafter([1, 2, 3, 4, 5] * 3), 0
-    for _ in range(200):
+def drafted(text: list[int], prompt: list[int], each: float, compiling: float = 0) -> float:
+    """How many steps of one token a text with drafts takes as long as, where each token more costs a step's `each`.
+
+    compiling: what the first step of a number of tokens takes beyond that, which is not counted.
+    """
+    drafter, total, at, known = Drafter(prompt), 0.0, 0, set()
+    while at < len(text):
+        draft = drafter.propose()[: len(text) - at - 1]
+        right = next((i for i, id in enumerate(draft) if id != text[at + i]), len(draft))
+        cost = 1 + each * len(draft)
+        drafter.learn(len(draft), right, cost + compiling * (len(draft) not in known))
+        known.add(len(draft))
+        for id in text[at : at + right + 1]:
+            drafter.append(id)
+        total, at = total + cost, at + right + 1
+    return total
+
+
+@given(ids=st.lists(st.integers(0, 5), min_size=120, max_size=400), each=st.floats(0, 1), compiling=st.floats(0, 50))
+@settings(deadline=None, max_examples=200)
+def test_drafts_never_cost_more_than_a_twentieth(ids, each, compiling):
+    """Whatever the text, and whatever a token more costs on a machine."""
+    assert drafted(ids, ids[:20], each, compiling) <= len(ids) / 0.95
+
+
+@pytest.mark.parametrize("each, least", [(0.02, 6), (0.2, 2.7), (0.5, 1.5)])
+def test_a_copy_is_found_in_long_drafts(each, least):
+    text = list(range(300))
+    assert len(text) / drafted(text, text, each, compiling=10) > least
+
+
+def test_a_drafter_that_is_wrong_stops_and_tries_again_later():
+    drafter, tried = Drafter([1, 2, 3, 4, 5] * 3), []
+    for step in range(600):
         proposed = drafter.propose()
-        tried += bool(proposed)
-        drafter.learn(len(proposed), 0)
-    assert 5 <= tried <= 12
-    for _ in range(40):
-        proposed = drafter.propose()
-        drafter.learn(len(proposed), len(proposed))
-    assert len(drafter.propose()) >= 8 and len(drafter.propose()) <= MOST
+        if proposed:
+            tried.append(step)
+        drafter.learn(len(proposed), 0, 1 + 0.5 * len(proposed))
+    assert 30 <= len(tried) <= 50 and tried[-1] > 550  # 0.035 of the time, and the credit at the start
 
 
 def test_what_is_taken_back_was_never_there():
