@@ -250,10 +250,11 @@ def work(folder: Path, what: str, threads: int, scratch: Path) -> dict:
     if what == "memory":
         rates = run(1, DEPTH - 64, 63)
         return {"peak_gb": device.peak_memory_gib(model.device) * 2**30 / 1e9, "prefill_1984": rates[0]}
-    if what == "speculate":
+    if what.endswith("speculate"):
         return speculation(model)
     if what == "rest":
-        return {f"rest_at_{depth}": rest(model, depth) for depth in (512, 4096)}
+        shares = {f"rest_at_{depth}": rest(model, depth, torch.bfloat16) for depth in (512, 4096)}
+        return {**shares, "rest_at_4096_int8_kv": rest(model, 4096, torch.int8)}
     run(1, 4, 2)
     reader = scratch / "read"
     found["read_gb_per_s"] = float(subprocess.run([reader, str(threads)], capture_output=True, check=True).stdout)
@@ -274,7 +275,7 @@ def work(folder: Path, what: str, threads: int, scratch: Path) -> dict:
     return found
 
 
-def rest(model, depth: int) -> dict:
+def rest(model, depth: int, kv) -> dict:
     """The share of a token's time that no weights are read in: the same loop with linears of no rows, and no head."""
     import torch
 
@@ -284,9 +285,11 @@ def rest(model, depth: int) -> dict:
 
     @torch.inference_mode()
     def loop(empty: bool):
-        cache = KVCache(model.config, 1, 4096, model.device, torch.bfloat16)
+        cache = KVCache(model.config, 1, 4096, model.device, kv)
         for tensor in (*cache.k, *cache.v):
-            tensor.normal_()
+            tensor.random_(-127, 128) if kv == torch.int8 else tensor.normal_()
+        for scale in (scale for pair in cache.scales for scale in pair):
+            scale.fill_(2 / 127)
         cache.filled = depth - 32
         cache.columns += depth - 32
         cache.positions[:, : depth - 32] = torch.arange(depth - 32)
@@ -317,14 +320,10 @@ def speculation(model) -> dict:
 
     decoder, ids, positions = fused.decoder, {}, []
 
-    def watched(model, cache):
-        forward = decoder(model, cache)
-
-        def step(ids, at):
+    class Watched(fused.CpuStep):
+        def __call__(self, ids, at):
             positions[:] = at[0].tolist()
-            return forward(ids, at)
-
-        return step
+            return super().__call__(ids, at)
 
     class Told(nn.Module):
         def __init__(self, head, text: list[int]):
@@ -354,7 +353,7 @@ def speculation(model) -> dict:
     code, prose = pieces("minichat/model.py"), pieces("LICENSE")
     edited = [VOCAB - 1 - i if i % 40 == 39 else id for i, id in enumerate(code[:96])]
     texts = {"edit": (code[:200], edited), "code": (code[:200], code[200:296]), "prose": (prose[:200], prose[200:296])}
-    fused.decoder = watched
+    fused.decoder = Watched
     pairs = {name: [rate(*text, True) / rate(*text, False) for _ in range(3)] for name, text in texts.items()}
     fused.decoder = decoder
     return {name: spread(ratios) for name, ratios in pairs.items()}
@@ -476,7 +475,11 @@ def main() -> None:
     print(f"of a token's time, without INT4 matmuls: {shares}")
     memory = measure(scratch / "int4-g32", "memory", 2, cache)
     print(f"{DEPTH} tokens: {memory}")
-    speculate = measure(scratch / "int4-g32", "speculate", 2, cache)
+    speculate = {
+        **{f"speculate_{name}": found for name, found in measure(scratch / "int4-g32", "speculate", 2, cache).items()},
+        **{f"int8_speculate_{name}": found
+           for name, found in measure(scratch / "int4-g32", "int8-speculate", 2, cache).items()},
+    }  # fmt: skip
     print(f"speculation: {speculate}")
     two = [found for found in rounds if found["threads"] == 2]
 
@@ -485,6 +488,9 @@ def main() -> None:
 
     def share(kind: str, name: str) -> dict:
         return spread([found[kind][name] for found in two])
+
+    def batch(kind: str) -> dict:
+        return spread([found[kind]["decode_batch_8"] / found[kind]["decode"] for found in two])
 
     ratios = {
         "decode_g32": ratio("g32_int8", "decode"),
@@ -497,10 +503,11 @@ def main() -> None:
         "exact_prefill_128": ratio("g32", "prefill_128"),
         "exact_prefill_512": ratio("g32", "prefill_512"),
         "bandwidth_share": share("g32", "bandwidth_share"),
-        "batch8": spread([found["g32"]["decode_batch_8"] / found["g32"]["decode"] for found in two]),
+        "batch8": batch("g32_int8"),
+        "exact_batch8": batch("g32"),
         "depth2048": share("g32", "depth_ratio"),
         "peak_gb": memory["peak_gb"],
-        **{f"speculate_{name}": found for name, found in speculate.items()},
+        **speculate,
         **shares,
     }
     if args.ik:
