@@ -1,6 +1,7 @@
 """Scores: the number that an answer ends in, and the share of right ones against a loop over the records."""
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -206,14 +207,19 @@ TASKS = {
 }
 
 
-@pytest.fixture
-def tasks(tmp_path):
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder of tasks; the index of it and of lm-eval's own, which takes seconds, is made once."""
     if harness is None:
         pytest.skip("needs lm-eval")
-    (tmp_path / "questions.jsonl").write_text("".join(f"{json.dumps(q)}\n" for q in QUESTIONS))
-    for name, task in TASKS.items():
-        (tmp_path / f"{name}.yaml").write_text(json.dumps({**common(tmp_path, name), **task}))  # JSON is YAML
-    return tmp_path
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "questions.jsonl").write_text("".join(f"{json.dumps(q)}\n" for q in QUESTIONS))
+    broken = {"broken": {**TASKS["written"], "doc_to_text": "{{a.b}}"}}
+    for name, task in (TASKS | broken).items():
+        (folder / f"{name}.yaml").write_text(json.dumps({**common(folder, name), **task}))  # JSON is YAML
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "TaskManager", functools.cache(harness.TaskManager))
+        yield folder
 
 
 def common(folder, name):
@@ -256,9 +262,6 @@ def test_lm_eval_gets_what_its_own_model_computes(base, tasks, tmp_path, quantis
             assert one == (two if isinstance(two[0], str) else pytest.approx(two, rel=1e-3 if quantised else 1e-5))
     args = argparse.Namespace(
         tasks="minichat_chosen", leaderboard=False, few_shot=2, include=str(tasks), limit=6, batch_size=3
-    )
-    (tasks / "broken.yaml").write_text(
-        json.dumps({**common(tasks, "broken"), **TASKS["written"], "doc_to_text": "{{a.b}}"})
     )
     args.tasks += ",minichat_broken"
     again, [failed] = harness.scores(model, tokenizer, None, harness.Tasks(args), args)
