@@ -13,7 +13,7 @@ import torch
 from helpers import make
 
 import minichat
-from minichat import chat, cli, evaluate
+from minichat import chat, cli, device, evaluate
 from minichat.errors import BadInput
 from minichat.evaluate import exact_match, last_number
 from minichat.examples import Pair
@@ -162,6 +162,26 @@ def test_preference_accuracy_is_counted_pair_by_pair():
     assert evaluate.preferences(model, pairs, 7, reference) == pytest.approx(expected)
     del expected["reward accuracy"]
     assert evaluate.preferences(model, pairs, 40) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_two_answers_in_one_row_score_as_two_sequences(padded, monkeypatch):
+    """To 1e-5, past the window too, whatever is learnt of them; and a prompt is read once for both."""
+    model, rng, read = make(sliding_window=8), random.Random(1), []
+    some = lambda: [rng.randrange(97) for _ in range(rng.randrange(2, 20))]  # noqa: E731
+    pairs = [Pair(some(), some(), some()) for _ in range(12)]
+    pairs[0].masks = [1] * len(pairs[0].chosen), [0] * (len(pairs[0].rejected) - 1) + [1]
+    pairs[1].rejected = pairs[1].chosen[:1]
+    pairs[1].masks = [1] * len(pairs[1].chosen), [1]
+    rows = [(p.prompt + a, [0] * len(p.prompt) + m) for p in pairs for a, m in zip((p.chosen, p.rejected), p.masks)]
+    expected = evaluate.logps(model, rows, 4)
+    if padded:  # as on an HPU
+        monkeypatch.setattr(device, "padding", lambda where: lambda length: -(-length // 64) * 64)
+    model.model.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
+    found = [score for pair in evaluate.pair_logps(model, pairs, 5) for score in pair]
+    assert [score[1:] for score in found] == [score[1:] for score in expected]
+    assert [score[0] for score in found] == pytest.approx([score[0] for score in expected], rel=1e-5, abs=1e-5)
+    assert padded or sum(read) == sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
 
 
 def test_a_table_puts_a_card_beside():
