@@ -382,17 +382,17 @@ def test_bad_pack_and_input(kernel):
 
 @pytest.mark.slow
 def test_reference_quantises_in_little_memory():
-    """A 7B's largest weight takes less than 0.5 GiB beyond its codes."""
+    """Half of a 7B's largest weight takes less than 0.25 GiB beyond its codes; all at once, it would be 0.43."""
     code = """if True:
         import torch, resource
         from minichat.kernels import int4_reference
-        w = torch.randn(14336, 4096, dtype=torch.bfloat16)
+        w = torch.randn(7168, 4096, dtype=torch.bfloat16)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         int4_reference.quantize(w, 32, 4, True, torch.bfloat16)
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert float(done.stdout) < 0.5 + 14336 * 4096 / 2**30
+    assert float(done.stdout) < 0.25 + 7168 * 4096 / 2**30
 
 
 # ---- choosing and building ----

@@ -113,10 +113,10 @@ def items(kind, count, seed=0):
 def train(where, kind, steps=6, quantise=False, dtype=torch.bfloat16, log_every=2, **more):
     model = make(where, dtype, layers=1, quantise=quantise, adapt=True)
     method = training.sft() if kind == "sft" else training.dpo()
-    settings = training.Settings(steps=steps, batch_size=2, accumulate=4, lr=1e-3, warmup=0.1, log_every=log_every)
+    settings = training.Settings(steps=steps, batch_size=2, accumulate=2, lr=1e-3, warmup=0.1, log_every=log_every)
     R.reset()
     with tempfile.TemporaryDirectory() as folder, Metrics(pathlib.Path(folder), steps, "test") as metrics:
-        training.fit(model, method, items(kind, 23), settings, metrics, **more)
+        training.fit(model, method, items(kind, 11), settings, metrics, **more)
         lines = pathlib.Path(folder, "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(x).items() if "per_s" not in k and k != "seconds"} for x in lines]
 """
