@@ -21,9 +21,10 @@ endif
 demo: $(VENV)/plots
 	$(PY) bench/demo.py
 
-# each process takes one thread, so as many as there are cores; a file's tests stay together
+# each process takes one thread, so as many as there are cores; a file's tests stay together, and files go in their own
+# order: by their number of tests, which xdist prefers, some of the longest come last and alone
 test: $(VENV)/test
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # what only a card can show: with .venv where it is, else with PYTHON as it is, which needs torch, triton and pytest
 test-gpu:

@@ -141,22 +141,29 @@ def emulate(args: argparse.Namespace) -> None:
 
 
 def quantise_flags(group: "argparse._ArgumentGroup") -> None:
-    group.add_argument("--int4", action="store_true", help="quantise the weights of the linear layers as they are read")
+    group.add_argument("--int4", nargs="?", const=True, default=False, choices=["nf4"], help="quantise the weights of "
+                       "the linear layers as they are read; nf4: to QLoRA's 4-bit floats, for training")  # fmt: skip
     group.add_argument("--bits", type=int, default=4, choices=[4, 8], help="--int4: of a quantised weight")
-    group.add_argument("--group-size", type=int, default=32, metavar="N", help="--int4: weights of one scale, 32, "
-                       "64 or 128")  # fmt: skip
+    group.add_argument("--group-size", type=int, metavar="N", help="--int4: weights of one scale, 32, 64 or 128 "
+                       "(without it: 32, of nf4 64)")  # fmt: skip
     group.add_argument("--asymmetric", action="store_true", help="--int4: a zero-point beside each group's scale")
 
 
 def scheme(args: argparse.Namespace):
-    """What load_model takes as int4. Raises BadInput for flags that say how without --int4."""
+    """What load_model takes as int4. Raises BadInput for flags that say how without --int4, and for nf4 where nothing
+    trains.
+    """
     from minichat import int4
 
-    plain = (args.bits, args.group_size, args.asymmetric) == (4, 32, False)
+    plain = (args.bits, args.group_size, args.asymmetric) == (4, None, False)
     if not args.int4 and not plain:
         raise BadInput("--bits, --group-size and --asymmetric say how to quantise; add --int4")
-    wanted = int4.Scheme(args.bits, args.group_size, not args.asymmetric)
-    return args.int4 and (wanted == int4.Scheme() or wanted)  # True: what is INT4 on disk stays as it is
+    nf4 = args.int4 == "nf4"
+    if nf4 and "lora_r" not in args:
+        raise BadInput("--int4 nf4 is a base to train over, for train.py and dpo.py; here, leave nf4 out")
+    group_size = args.group_size if args.group_size is not None else (int4.NF4 if nf4 else int4.Scheme).group_size
+    wanted = int4.Scheme(args.bits, group_size, not args.asymmetric, nf4=nf4)
+    return bool(args.int4) and (wanted == int4.Scheme() or wanted)  # True: what is INT4 on disk stays as it is
 
 
 def chat_flags(parser: Parser) -> "argparse._ArgumentGroup":

@@ -12,7 +12,7 @@ Several at once make one table. --tasks and --leaderboard take lm-eval (pip inst
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minichat import cli
@@ -71,20 +71,33 @@ def logps(model, sequences: Sequence[tuple[list[int], list[int]]], batch_size: i
     how many there are, and whether each is the model's first choice. The first token follows from nothing and is left
     out.
     """
-    import torch
-
-    from minichat import data, device, losses, training
+    from minichat import data
     from minichat.examples import Example
 
     items = [Example(ids, mask) for ids, mask in sequences]
-    found: list[tuple[float, int, bool]] = [(0.0, 0, True)] * len(items)
-    where = model.device
-    longest = max(map(len, items), default=1)
-    batch_size = max(1, min(batch_size, TOKENS // longest))
+    return [score for (score,) in _scored(model, items, batch_size, data.sft_batch, 1)]
+
+
+def pair_logps(model, pairs: Sequence, batch_size: int) -> list[tuple[tuple, tuple]]:
+    """As logps, of each pair's chosen and rejected answer, whose prompt is read once for both."""
+    from minichat import data
+
+    return _scored(model, pairs, batch_size, data.dpo_batch, 2)
+
+
+def _scored(model, items: Sequence, batch_size: int, batch_of: Callable, answers: int) -> list[tuple]:
+    """The scores of each item's `answers`; `batch_of` numbers their sums, all items' first ones before the second."""
+    import torch
+
+    from minichat import data, device, losses, training
+
+    found: list[tuple] = [()] * len(items)
+    where, known = model.device, data.lengths(items)
+    batch_size = max(1, min(batch_size, TOKENS // max(known, default=1)))
     with torch.inference_mode():
-        for rows in data.by_length(data.lengths(items), batch_size):
+        for rows in data.by_length(known, batch_size):
             indices = [i for row in rows for i in row]
-            batch = data.sft_batch([[items[i]] for i in indices], device.padding(where))
+            batch = batch_of([[items[i]] for i in indices], device.padding(where))
             tensors = training.on(where, batch.tensors)
             hidden = training.hidden_states(model, tensors).flatten(0, 1).index_select(0, tensors["index"])
             each, first = [], []
@@ -92,11 +105,14 @@ def logps(model, sequences: Sequence[tuple[list[int], list[int]]], batch_size: i
                 logits = model.lm_head(part).float()
                 each.append(logits.log_softmax(-1).gather(1, labels[:, None])[:, 0])
                 first.append(logits.argmax(-1) == labels)
-            weights, document = tensors["weights"], tensors["document"]
-            sums = losses.row_sums(torch.cat(each).double() * weights, document, len(indices)).tolist()
-            missed = losses.row_sums((~torch.cat(first)).double() * weights, document, len(indices)).tolist()
-            for i, total, wrong in zip(indices, sums, missed):
-                found[i] = total, sum(items[i].mask[1:]), wrong == 0
+            weights, document, count = tensors["weights"], tensors["document"], answers * len(indices)
+            sums, counts, missed = (
+                losses.row_sums(values * weights, document, count).tolist()
+                for values in (torch.cat(each).double(), torch.ones_like(weights), (~torch.cat(first)).double())
+            )
+            scores = list(zip(sums, map(int, counts), (wrong == 0 for wrong in missed)))
+            for n, i in enumerate(indices):
+                found[i] = tuple(scores[n :: len(indices)])
     return found
 
 
@@ -131,22 +147,15 @@ def preferences(model, pairs: Sequence, batch_size: int, reference=None) -> dict
     """How often the chosen answer has the higher log-probability: summed over its tokens, and their mean; and, with a
     reference model, how often it gained more over the reference, which is DPO's accuracy (arXiv 2305.18290).
     """
-
-    def of(model) -> list[tuple[tuple, tuple]]:
-        answers = [
-            (p.prompt + a, [0] * len(p.prompt) + m) for p in pairs for a, m in zip((p.chosen, p.rejected), p.masks)
-        ]
-        found = logps(model, answers, batch_size)
-        return list(zip(found[::2], found[1::2]))
-
-    mine = of(model)
+    mine = pair_logps(model, pairs, batch_size)
     scores = {
         "pairs": len(pairs),
         "preference accuracy, sum": sum(good[0] > bad[0] for good, bad in mine) / len(pairs),
         "preference accuracy, mean": sum(good[0] / good[1] > bad[0] / bad[1] for good, bad in mine) / len(pairs),
     }
     if reference is not None:
-        gained = [(g[0] - rg[0], b[0] - rb[0]) for (g, b), (rg, rb) in zip(mine, of(reference))]
+        theirs = pair_logps(reference, pairs, batch_size)
+        gained = [(g[0] - rg[0], b[0] - rb[0]) for (g, b), (rg, rb) in zip(mine, theirs)]
         scores["reward accuracy"] = sum(good > bad for good, bad in gained) / len(pairs)
     return scores
 

@@ -79,7 +79,7 @@ def trains(model) -> dict:
     from minichat.metrics import Metrics
 
     lora.attach(model, 8, 16)
-    items = [Example([5 + i % 50] * 100, [0] * 50 + [1] * 50) for i in range(96)]
+    items = [Example([5 + i % 50] * 100, [0] * 50 + [1] * 50) for i in range(48)]
     compiled = []
 
     class Watched(Metrics):
@@ -87,7 +87,7 @@ def trains(model) -> dict:
             compiled.append(counts()["graph_compilation"])
             super().write(numbers)
 
-    settings = training.Settings(steps=12, batch_size=2, accumulate=4, log_every=2, lr=1e-4)
+    settings = training.Settings(steps=12, batch_size=2, accumulate=2, log_every=2, lr=1e-4)
     with tempfile.TemporaryDirectory() as folder, Watched(Path(folder), 12, "selfcheck") as log:
         last = training.fit(model, training.sft(), items, settings, log)
     return {"compiled_after_warm_up": compiled[-1] - compiled[1], "tokens_per_s": last["tokens_per_s"],

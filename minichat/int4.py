@@ -1,4 +1,4 @@
-"""INT4 (and INT8) weight-only quantisation: Int4Linear, quantise a model, and the format on disk.
+"""INT4 (and INT8) weight-only quantisation: Int4Linear, quantise a model, and the format on disk. NF4 for training.
 
 On disk a weight is in compressed-tensors' `pack-quantized` format, which transformers and vLLM open as it is; in
 memory it is in the layout of its device's kernel (kernels/int4_reference.py has the arithmetic and the rounding rule).
@@ -28,14 +28,18 @@ class Scheme:
     bits) has a quarter less squared error, and divides the widths of small models too, so it is the default.
     skip: the linears left as they are, by full name or as "re:" and a regular expression that matches from the
     start, as in compressed-tensors' `ignore`.
+    nf4: QLoRA's 4-bit floats (kernels/nf4.py) instead of integers, a base to train over, which has no files; see NF4.
     """
 
     bits: int = 4
     group_size: int = 32
     symmetric: bool = True
     skip: tuple[str, ...] = ("lm_head",)
+    nf4: bool = False
 
     def __post_init__(self):
+        if self.nf4 and (self.bits, self.symmetric) != (4, True):
+            raise BadInput("NF4 has 4 bits and no zero-points; leave out --bits and --asymmetric")
         if self.bits not in (4, 8):
             raise BadInput(f"bits is {self.bits!r}; choose --bits 4 or 8")
         if not isinstance(self.group_size, int) or self.group_size < 32 or self.group_size % 32:
@@ -47,8 +51,17 @@ class Scheme:
                 raise BadInput(f"skip: {error}") from None
 
     def __str__(self) -> str:
-        kind = "symmetric" if self.symmetric else "asymmetric"
-        return f"int{self.bits} in groups of {self.group_size}, {kind}, without {', '.join(self.skip) or 'exception'}"
+        name = "nf4" if self.nf4 else f"int{self.bits}"
+        kind = "" if self.nf4 else ", symmetric" if self.symmetric else ", asymmetric"
+        return f"{name} in groups of {self.group_size}{kind}, without {', '.join(self.skip) or 'exception'}"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the scales: QLoRA's are fp32. INT4's codes are chosen for a rounded one, so that a wider gains nothing."""
+        return torch.float32 if self.nf4 else torch.bfloat16
+
+
+NF4 = Scheme(group_size=64, nf4=True)  # as in QLoRA (arXiv 2305.14314), without its double quantisation: 4.5 bits
 
 
 class _Matmul(torch.autograd.Function):
@@ -99,14 +112,15 @@ class Int4Linear(nn.Module):
     ) -> "Int4Linear":
         """Quantise weight (out, in), float, where it is, and place the result on `device` (None: there too).
 
-        scale_dtype: None is fp16 for an fp16 weight and else bf16; codes are chosen for the rounded scale, so a wider
-        one gains nothing. Raises BadInput if the weight is not finite or `in` is no multiple of the group size.
+        scale_dtype: None is the scheme's, but of INT4 fp16 for an fp16 weight. Raises BadInput if the weight is not
+        finite or `in` is no multiple of the group size.
         """
         if scale_dtype is None:
-            scale_dtype = torch.float16 if weight.dtype == torch.float16 else torch.bfloat16
-        kernel = kernels.for_device(weight.device)
+            half = weight.dtype == torch.float16 and not scheme.nf4
+            scale_dtype = torch.float16 if half else scheme.scale_dtype
+        kernel = kernels.for_device(weight.device, scheme.nf4)
         q, scale, zero = kernel.quantize(weight, scheme.group_size, scheme.bits, scheme.symmetric, scale_dtype)
-        return cls.from_quantized(q, scale, zero, scheme.bits, device, bias)
+        return cls.from_quantized(q, scale, zero, scheme.bits, device, bias, scheme.nf4)
 
     @classmethod
     @torch.no_grad()
@@ -118,13 +132,14 @@ class Int4Linear(nn.Module):
         bits: int,
         device: torch.device | None = None,
         bias: Tensor | None = None,
+        nf4: bool = False,
     ) -> "Int4Linear":
         """From codes (out, in) uint8, scale (out, in / G) and zero (out, in / G) uint8 or None; packed where they are.
 
         Raises BadInput if their shapes and types do not fit together.
         """
         device = q.device if device is None else torch.device(device)
-        kernel = kernels.for_device(device)
+        kernel = kernels.for_device(device, nf4)
         packed = _moved(kernel.pack(q, scale, zero, bits), device)
         return cls(packed, _name(kernel), None if bias is None else bias.to(device))
 
@@ -132,6 +147,10 @@ class Int4Linear(nn.Module):
     def packed(self) -> Packed:
         shape = self.out_features, self.in_features
         return Packed(self.codes, self.scale, self.zero, *shape, self.group_size, self.bits)
+
+    @property
+    def nf4(self) -> bool:
+        return self.kernel == "nf4"
 
     @property
     def device(self) -> torch.device:
@@ -158,7 +177,7 @@ class Int4Linear(nn.Module):
         target = fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device
         kernel = kernels.named(self.kernel)
         if target.type != self.device.type:
-            kernel = kernels.for_device(target)
+            kernel = kernels.for_device(target, self.nf4)
             packed = kernel.pack(*self.unpack(), self.bits)
         scale_bits = torch.int32 if packed.scale.dtype == torch.float32 else torch.int16  # casts leave integers alone
         moved = {
@@ -202,13 +221,14 @@ def quantize(
     bits: int = Scheme.bits,
     symmetric: bool = Scheme.symmetric,
     skip: Sequence[str] = Scheme.skip,
+    nf4: bool = Scheme.nf4,
 ) -> nn.Module:
     """Replace every nn.Linear of the model that `skip` does not name by an Int4Linear, in place; the model.
 
     One at a time, so memory peaks at the model plus one weight. Sets `model.scheme`. Raises BadInput, before
     anything is changed, if a linear does not fit the scheme or carries an adapter, or if there is none.
     """
-    scheme = Scheme(bits, group_size, symmetric, tuple(skip))
+    scheme = Scheme(bits, group_size, symmetric, tuple(skip), nf4)
     if any(isinstance(module, Int4Linear) for module in model.modules()):
         raise BadInput("the model is quantised already, with one scheme for all; quantise the float model")
     linears = {name: module for name, module in model.named_modules() if wanted(name, module, scheme)}
@@ -262,8 +282,10 @@ def tensors_of(module: Int4Linear) -> dict[str, Tensor]:
 
     weight_packed (N, K / P) int32, the first code in the lowest bits; weight_scale (N, K / G); weight_shape (2,)
     int64; and if it is asymmetric weight_zero_point (N / P rounded up, K / G) int32, packed along the rows. Codes are
-    unsigned: the format's signed value plus 8 (or 128).
+    unsigned: the format's signed value plus 8 (or 128). Raises BadInput for NF4, which the format has not.
     """
+    if module.nf4:
+        raise BadInput("an NF4 base has no files: save the adapter that was trained over it, minichat.lora.save")
     q, scale, zero = module.unpack()
     tensors = {
         "weight_packed": reference.words_from_codes(q, module.bits),

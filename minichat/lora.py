@@ -378,7 +378,7 @@ def merge(model: nn.Module) -> float:
                 f"{name} shares its weight with another module, which merging would change; leave it unmerged"
             )
     if over := model.lora.get("int4"):
-        say_merged_over(f"the adapter was trained over INT4 weights ({over}) and is merged into float weights")
+        say_merged_over("the adapter", over, "float weights")
     worst = 0.0
     for module in modules.values():
         delta = (module.lora_B.weight @ module.lora_A.weight) * module.lora_scale
@@ -389,9 +389,11 @@ def merge(model: nn.Module) -> float:
     return worst
 
 
-def say_merged_over(what: str) -> None:
+def say_merged_over(adapter: str | Path, over: str, now: str) -> None:
     """Tell that an adapter is merged into other weights than it has learnt to correct."""
-    print(f"minichat: {what}: expect a small loss; --int4 with the same options uses it as trained", file=sys.stderr)
+    told = f"{adapter} was trained over quantised weights ({over}) and is merged into {now}: expect a small loss"
+    trained = "" if over.startswith("nf4") else "; --int4 with the same options uses it as trained"
+    print(f"minichat: {told}{trained}", file=sys.stderr)
 
 
 def rounding(exact: Tensor, rounded: Tensor) -> float:
@@ -460,7 +462,7 @@ def main() -> None:
     adapter = Adapter(folder)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise BadInput(f"--out {args.out} is there already, and not empty; choose another folder, or delete it")
-    if scheme and adapter.metadata.get("int4"):
+    if scheme and adapter.metadata.get("int4", "").startswith("int"):
         raise BadInput(
             f"{args.adapter} was trained over INT4 weights, which cannot take it: merge it into the float ones, and "
             "infer.py --int4 quantises the result; or use it beside them: infer.py --int4 --model RUN"

@@ -40,7 +40,7 @@ def load_model(
     adapters += [] if adapter is None else [lora.Adapter(weights.resolve(adapter))]
     scheme = weights.wanted_scheme(folder, int4)
     on_cpu = where.type == "cpu" and dtype in (None, torch.float32)
-    if not (scheme and on_cpu and kernels.for_device(where) is kernels.named("cpu")):
+    if not (scheme and not scheme.nf4 and on_cpu and kernels.for_device(where) is kernels.named("cpu")):
         return weights.load_model(source, device, dtype, int4, adapter)
     at = files.cache_folder() / "packed" / _key(folder, adapters, scheme)
     if (at / FILE).exists():

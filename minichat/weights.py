@@ -237,7 +237,7 @@ def load_model(
     device: None is the best there is. dtype of what is not quantised: None is bf16 on CUDA and HPU, fp32 on the CPU.
     int4: quantise the decoder's linears as they are read (True: the default Scheme). A folder that is quantised
     already loads as it is. Adapters are merged tensor by tensor, in float32 and rounded once; those that were trained
-    over the same INT4 base stay beside it. adapter: one more, over whatever `source` is; only: of these modules.
+    over the same INT4 or NF4 base stay beside it. adapter: one more, over whatever `source` is; only: of these modules.
     Host memory peaks at the model plus one tensor. Raises BadInput.
     """
     where = devices.pick(device)
@@ -296,8 +296,7 @@ def _trained_over_int4(adapters: list[Adapter], scheme) -> list[Adapter]:
         first -= 1
     for adapter in adapters[:first]:
         if over := adapter.metadata.get("int4"):
-            now = "float weights" if scheme is None else f"INT4 weights of {scheme}"
-            say_merged_over(f"{adapter.folder} was trained over INT4 weights ({over}) and is merged into {now}")
+            say_merged_over(adapter.folder, over, "float weights" if scheme is None else f"weights of {scheme}")
     return adapters[first:]
 
 
@@ -310,9 +309,9 @@ def imagine(model: Mistral, where: torch.device, dtype: torch.dtype, scheme: qua
         if scheme is not None and quant.wanted(name, module, scheme):
             N, K, groups = module.out_features, module.in_features, module.in_features // scheme.group_size
             q = torch.empty(N, K, dtype=torch.uint8, device="meta")
-            scale = torch.empty(N, groups, dtype=torch.bfloat16, device="meta")
+            scale = torch.empty(N, groups, dtype=scheme.scale_dtype, device="meta")
             zero = None if scheme.symmetric else scale.to(torch.uint8)
-            _put(model, name, quant.Int4Linear.from_quantized(q, scale, zero, scheme.bits, where))
+            _put(model, name, quant.Int4Linear.from_quantized(q, scale, zero, scheme.bits, where, nf4=scheme.nf4))
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
             module.weight = nn.Parameter(torch.empty(module.weight.shape, dtype=dtype, device=where))
     if model.config.tie_word_embeddings:

@@ -222,11 +222,11 @@ def make(quantised, G=32, symmetric=True, window=None, kind=torch.bfloat16 if CA
 )
 def test_the_step_is_the_model(quantised, symmetric, B, window):
     """A padded prompt, then single tokens, round the ring and past the window."""
-    model = make(quantised, 32, symmetric, window, num_hidden_layers=1 if B > 2 else 2)
+    model = make(quantised, 32, symmetric, window, num_hidden_layers=2 if B == 2 else 1)
     plain, ours = (KVCache(model.config, B, 6, DEVICE, model.dtype) for _ in range(2))
     step = CudaStep(model, ours)
     positions = (torch.arange(4).repeat(B, 1) - torch.arange(B)[:, None]).clamp_min(-1).to(DEVICE)
-    for T in (4, *[1] * 5):
+    for T in (4, *[1] * 3):
         ids = torch.randint(0, 97, (B, T), device=DEVICE)
         with torch.inference_mode():
             expected, found = model.model(ids, positions, plain), step(ids, positions)

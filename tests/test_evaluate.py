@@ -1,6 +1,7 @@
 """Scores: the number that an answer ends in, and the share of right ones against a loop over the records."""
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -12,7 +13,7 @@ import torch
 from helpers import make
 
 import minichat
-from minichat import chat, cli, evaluate
+from minichat import chat, cli, device, evaluate
 from minichat.errors import BadInput
 from minichat.evaluate import exact_match, last_number
 from minichat.examples import Pair
@@ -163,6 +164,26 @@ def test_preference_accuracy_is_counted_pair_by_pair():
     assert evaluate.preferences(model, pairs, 40) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_two_answers_in_one_row_score_as_two_sequences(padded, monkeypatch):
+    """To 1e-5, past the window too, whatever is learnt of them; and a prompt is read once for both."""
+    model, rng, read = make(sliding_window=8), random.Random(1), []
+    some = lambda: [rng.randrange(97) for _ in range(rng.randrange(2, 20))]  # noqa: E731
+    pairs = [Pair(some(), some(), some()) for _ in range(12)]
+    pairs[0].masks = [1] * len(pairs[0].chosen), [0] * (len(pairs[0].rejected) - 1) + [1]
+    pairs[1].rejected = pairs[1].chosen[:1]
+    pairs[1].masks = [1] * len(pairs[1].chosen), [1]
+    rows = [(p.prompt + a, [0] * len(p.prompt) + m) for p in pairs for a, m in zip((p.chosen, p.rejected), p.masks)]
+    expected = evaluate.logps(model, rows, 4)
+    if padded:  # as on an HPU
+        monkeypatch.setattr(device, "padding", lambda where: lambda length: -(-length // 64) * 64)
+    model.model.register_forward_pre_hook(lambda _, args: read.append(args[0].numel()))
+    found = [score for pair in evaluate.pair_logps(model, pairs, 5) for score in pair]
+    assert [score[1:] for score in found] == [score[1:] for score in expected]
+    assert [score[0] for score in found] == pytest.approx([score[0] for score in expected], rel=1e-5, abs=1e-5)
+    assert padded or sum(read) == sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
+
+
 def test_a_table_puts_a_card_beside():
     scores = {"arc_challenge, acc_norm": 0.5, "drop, f1": 0.25, "tokens": 12345}
     assert evaluate.table(scores, "neural-chat-7b-v3-2").splitlines() == [
@@ -206,14 +227,19 @@ TASKS = {
 }
 
 
-@pytest.fixture
-def tasks(tmp_path):
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder of tasks; the index of it and of lm-eval's own, which takes seconds, is made once."""
     if harness is None:
         pytest.skip("needs lm-eval")
-    (tmp_path / "questions.jsonl").write_text("".join(f"{json.dumps(q)}\n" for q in QUESTIONS))
-    for name, task in TASKS.items():
-        (tmp_path / f"{name}.yaml").write_text(json.dumps({**common(tmp_path, name), **task}))  # JSON is YAML
-    return tmp_path
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "questions.jsonl").write_text("".join(f"{json.dumps(q)}\n" for q in QUESTIONS))
+    broken = {"broken": {**TASKS["written"], "doc_to_text": "{{a.b}}"}}
+    for name, task in (TASKS | broken).items():
+        (folder / f"{name}.yaml").write_text(json.dumps({**common(folder, name), **task}))  # JSON is YAML
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "TaskManager", functools.cache(harness.TaskManager))
+        yield folder
 
 
 def common(folder, name):
@@ -256,9 +282,6 @@ def test_lm_eval_gets_what_its_own_model_computes(base, tasks, tmp_path, quantis
             assert one == (two if isinstance(two[0], str) else pytest.approx(two, rel=1e-3 if quantised else 1e-5))
     args = argparse.Namespace(
         tasks="minichat_chosen", leaderboard=False, few_shot=2, include=str(tasks), limit=6, batch_size=3
-    )
-    (tasks / "broken.yaml").write_text(
-        json.dumps({**common(tasks, "broken"), **TASKS["written"], "doc_to_text": "{{a.b}}"})
     )
     args.tasks += ",minichat_broken"
     again, [failed] = harness.scores(model, tokenizer, None, harness.Tasks(args), args)

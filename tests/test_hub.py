@@ -34,12 +34,13 @@ for source in sys.argv[1:]:
 """
 
 
-# each source -> the texts of its records, or the error
+# each source -> the texts of its records, or the error; that huggingface_hub waits before it tries again, is the hub's
 READ = """
-import json, sys
+import json, sys, time
 from minichat import sources
 from minichat.errors import BadInput
 
+time.sleep = lambda seconds: None
 for spec in sys.argv[1:]:
     try:
         print(json.dumps([record["text"] for _, record in sources.all_records(sources.find(spec))]))

@@ -372,7 +372,9 @@ def test_merging_what_was_trained_over_int4_is_told(scheme, tmp_path, capsys):
     lora.save(adapted(), tmp_path, metadata={"int4": scheme} if scheme else None)
     lora.merge(lora.load(make(), tmp_path))
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == bool(scheme) and all("trained over INT4 weights" in line and scheme in line for line in said)
+    assert len(said) == bool(scheme) and all(
+        "trained over quantised weights" in line and scheme in line for line in said
+    )
 
 
 def test_an_adapter_of_another_file_has_another_fingerprint(tmp_path):

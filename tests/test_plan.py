@@ -40,19 +40,19 @@ def test_peak_of_a_few_tensors():
 
 
 @pytest.mark.parametrize("again", ["", "block"])
-@pytest.mark.parametrize("kind", ["sft", "dpo", "full", "int4", "bf16"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "full", "int4", "nf4", "bf16"])
 def test_a_plan_is_the_step_itself(kind, again, monkeypatch):
     """Fake tensors hold at most what real ones hold, and the FLOP are those of the real step."""
     monkeypatch.setenv("MINICHAT_KERNEL", "reference")
     model = make(**SHAPE)
     method, batch = (training.dpo(), dpo_batch()) if kind == "dpo" else (training.sft(), sft_batch())
     prepare = lambda m: m.requires_grad_(True) if kind == "full" else lora.attach(m, r=4, dropout=0.1)  # noqa: E731
-    scheme = Scheme() if kind == "int4" else None
+    scheme = {"int4": Scheme(), "nf4": Scheme(nf4=True)}.get(kind)
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     found = plan.make(model.config, scheme, dtype, prepare, method, batch, again=[again])
 
     if scheme:
-        quantize(model)
+        quantize(model, nf4=scheme.nf4)
     prepare(model.to(dtype))
     model.model.compute_again(again)
     model.train()

@@ -349,10 +349,10 @@ def test_training_over_int4(done, run, base, files):
     """Loaded with the same flag it is what was trained, also with another adapter over it; without, it is merged."""
     done("train.py", "--model", base, "--int4", "--data", files["sft"], "--out", "q", *SHORT)
     code, _, err = run("infer.py", "--model", "q", "--int4", "--prompt", "add 2", "--max-new-tokens", 4)
-    assert code == 0 and "was trained over INT4" not in err
+    assert code == 0 and "was trained over quantised" not in err
     again = ("--data", files["pairs"], *SHORT, *PAIRS)
     code, _, err = run("dpo.py", "--model", "q", "--int4", "--out", "r", "--lr", 0.01, *again)
-    assert code == 0 and "was trained over INT4" not in err
+    assert code == 0 and "was trained over quantised" not in err
     assert records("r")[0]["loss"] == pytest.approx(LN2, abs=1e-5)  # the reference is the first adapter's model
     plain, (both, _) = minichat.load(base, int4=True)[0], minichat.load("r", int4=True)
     for name, module in both.named_modules():  # base and both adapters, each by its file
@@ -369,10 +369,52 @@ def test_training_over_int4(done, run, base, files):
     with pytest.raises(BadInput, match="unmerged adapter"):
         minichat.save(both, Tokenizer(base), "no")
     code, _, err = run("dpo.py", "--model", "q", "--out", "s", *again)
-    assert code == 0 and err.count("was trained over INT4") == 1
+    assert code == 0 and err.count("was trained over quantised") == 1
     minichat.save(*minichat.load(base, int4=True), "packed")
     code, _, err = run("train.py", "--model", "packed", "--full", "--data", files["sft"], "--out", "t", *SHORT)
     assert code == 2 and "quantised" in err and not Path("t").exists()
+
+
+def test_training_over_nf4(done, run, base, files):
+    """Its adapter names the float base: dpo.py goes on over both, and anything else merges it into float weights."""
+    how = ("--int4", "nf4", "--group-size", 32)  # widths of 96
+    done("train.py", "--model", base, *how, "--data", files["sft"], "--out", "q", "--lr", 0.01, *SHORT)
+    adapter = lora.Adapter(weights.resolve("q"))
+    assert adapter.config["base_model_name_or_path"] == str(base)
+    assert adapter.metadata["int4"] == "nf4 in groups of 32, without lm_head"
+    again = ("--data", files["pairs"], *SHORT, *PAIRS)
+    code, _, err = run("dpo.py", "--model", "q", *how, "--out", "r", *again)
+    assert code == 0 and "was trained over" not in err
+    assert records("r")[0]["loss"] == pytest.approx(LN2, abs=1e-5)  # the reference is the first adapter's model
+    beside, _ = minichat.load("r", int4=Scheme(nf4=True))
+    assert [len(m.frozen) for m in lora.adapted(beside).values()] == [1] * 14
+    with pytest.raises(BadInput, match="unmerged adapter"):
+        minichat.save(beside, Tokenizer(base), "no")
+    with pytest.raises(BadInput, match="NF4 base has no files"):
+        minichat.save(*minichat.load(base, int4=Scheme(nf4=True)), "no")
+
+    code, _, err = run("lora", "merge", "--adapter", "q", "--out", "whole", "--dtype", "float32")
+    assert code == 0 and err.count("(nf4 in groups of 32, without lm_head) and is merged into float weights") == 1
+    whole, plain = minichat.load("whole")[0].state_dict(), minichat.load(base)[0].state_dict()
+    for name, weight in plain.items():
+        delta = adapter.delta(name.removesuffix(".weight"), weight.shape)
+        assert torch.equal(whole[name], weight if delta is None else weight + delta)
+    done("lora", "merge", "--adapter", "q", "--out", "packed", "--int4")
+    code, _, err = run("infer.py", "--model", "r", "--int4", "--prompt", "add 2", "--max-new-tokens", 4)
+    assert code == 0 and err.count("is merged into weights of int4") == 2
+
+    for script, flags in {
+        "infer.py": ["--prompt", "x"],
+        "evaluate": ["--data", files["test"]],
+        "lora": ["merge", "--adapter", "q", "--out", "n"],
+    }.items():
+        model = () if script == "lora" else ("--model", base)
+        assert "leave nf4 out" in error_of(run(script, *flags, *model, "--int4", "nf4"))
+    more = ("--model", base, "--data", files["sft"], "--out", "n", *SHORT)
+    assert "96 is not a multiple of group size 64" in error_of(run("train.py", *more, "--int4", "nf4"))
+    assert "NF4 has 4 bits" in error_of(run("train.py", *more, *how, "--asymmetric"))
+    minichat.save(*minichat.load(base, int4=True), "int4")
+    assert "quantised already, as int4" in error_of(run("train.py", *more, "--model", "int4", *how))
 
 
 def test_merging_on_the_command_line(done, run, base, files):

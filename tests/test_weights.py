@@ -456,14 +456,14 @@ def test_adapter_over_int4_stays_beside_it(base, packed, tmp_path, capsys):
     assert torch.equal(logits(loaded), logits(trained))
 
     merged, _ = minichat.load(tmp_path / "q")  # into the float weights: says so
-    assert capsys.readouterr().err.count("was trained over INT4 weights") == 1
+    assert capsys.readouterr().err.count("was trained over quantised weights") == 1
     assert not lora.adapted(merged) and merged.scheme is None
     edited = copied(base, tmp_path / "edited")
     edit(edited, lambda t: t["lm_head.weight"].add_(1))
     minichat.load(edited, adapter=tmp_path / "q", int4=True)
     assert capsys.readouterr().err.count("trained over other weights") == 1
     other, _ = minichat.load(tmp_path / "q", int4=Scheme(8))
-    assert capsys.readouterr().err.count("was trained over INT4 weights") == 1
+    assert capsys.readouterr().err.count("was trained over quantised weights") == 1
     assert not lora.adapted(other)
 
     # over a folder that is INT4 on disk there is but one way

@@ -21,12 +21,15 @@ _sources = _here / "src" if (_here / "src").is_dir() else _here.parents[1] / "ke
 __path__ = [str(_here), str(_sources)]
 
 
-def for_device(device: torch.device) -> ModuleType:
-    """The kernel module for this device (kernels/int4_reference.py says what is in it), compiled if need be.
+def for_device(device: torch.device, nf4: bool = False) -> ModuleType:
+    """The kernel module for this device (kernels/int4_reference.py says what is in it), compiled if need be; of NF4,
+    which has one for all devices.
 
     MINICHAT_KERNEL=reference in the environment takes the reference on every device. Raises BadInput if it has
     another value.
     """
+    if nf4:
+        return named("nf4")
     choice = os.environ.get("MINICHAT_KERNEL", "")
     if choice not in ("", "reference"):
         raise BadInput(f"MINICHAT_KERNEL is {choice!r}; set it to reference, or unset it to let the device decide")
