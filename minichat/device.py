@@ -107,6 +107,43 @@ def graph(function: Callable, device: torch.device, generators: Sequence[torch.G
     return function
 
 
+def compiler(device: torch.device, backend: str = "inductor") -> Callable[[Callable], Callable]:
+    """What compiles a function of a module and tensors (…, T, D) there: once for every T.
+
+    It is compiled again where tensors come with another dtype, with a gradient or without, or where what it reads of
+    the module differs (graphs_compiled counts). Raises BadInput where torch has no compiler that works.
+    """
+    if device.type == "hpu":
+        raise BadInput("--compile is for cpu and cuda: on an HPU the bridge compiles what it collects; leave it out")
+    try:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(2, device=device))
+    except Exception as error:  # no C++ compiler, no Python.h, no Triton, …: each is another kind of error
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        needs = "triton" if device.type == "cuda" else "a C++ compiler (g++) and Python's headers"
+        raise BadInput(
+            f"--compile: torch cannot compile for {device} ({why}); it needs {needs}; or leave it out"
+        ) from None
+
+    def compiled(function: Callable) -> Callable:
+        whole = torch.compile(function, backend=backend, fullgraph=True)  # never a part of it in silence
+
+        def run(module: torch.nn.Module, *tensors: torch.Tensor):
+            # T alone: with all of them free, a T that happens to be D at first would be taken for D ever after
+            for x in tensors:
+                torch._dynamo.maybe_mark_dynamic(x, x.dim() - 2)
+            return whole(module, *tensors)
+
+        return run
+
+    return compiled
+
+
+def graphs_compiled() -> int:
+    """How many graphs torch.compile has made in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
 @functools.cache  # libraries keep a workspace for each
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
