@@ -302,8 +302,8 @@ def make_plan(
 
     def of(again: Sequence[str]) -> plan.Plan:
         shape = model.config, model.scheme, model.dtype
-        eight_bit = args.optimizer == "adamw8bit"
-        return plan.make(*shape, lambda m: prepare(args, m), method, batch, args.accumulate, again, eight_bit)
+        moments = args.optimizer == "adamw8bit", args.offload_optimizer
+        return plan.make(*shape, lambda m: prepare(args, m), method, batch, args.accumulate, again, *moments)
 
     if args.memory_budget:
         found = plan.choose(args.memory_budget, model.config.num_hidden_layers, of)

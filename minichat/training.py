@@ -158,7 +158,7 @@ def fit(
         device.keep_host_memory()
     items = items if isinstance(items, data.Mix) else data.Mix([items])
     total = count_steps(items, settings)
-    how = settings.optimizer == "adamw8bit", settings.offload
+    how = settings.optimizer == "adamw8bit", torch.device("cpu") if settings.offload else None
     optimizer = optim.AdamW(model, settings.betas, settings.eps, settings.weight_decay, *how)
     torch.manual_seed(settings.seed + distributed.rank())  # dropout is another one in each process
     warmup = 0 if settings.warmup * total < 1 else settings.warmup  # its one step, at rate 0, would be the run
