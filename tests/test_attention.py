@@ -104,3 +104,20 @@ def test_only_cuda_takes_it_and_only_where_it_helps(monkeypatch):
         x = torch.randn(1, 2, 13, 16, dtype=torch.bfloat16)
         assert torch.equal(Documents(lengths, window, CPU).attention(x, x, x), x)
     assert calls == [2 * FLEX_BLOCK] * 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [None, 100])
+def test_on_a_card_values_and_gradients_are_those_of_document_after_document(window):
+    card, made = torch.device("cuda"), device.graphs_compiled()
+    for lengths in ([(200, 50, 300), (30,), (77, 13)], [(1, 1), (9,)], [(300, 9, 4), (600,)]):
+        documents, T = Documents(lengths, window, card), sum(map(sum, lengths))
+        q, k, v = (torch.randn(1, heads, T, 128, device=card, dtype=torch.bfloat16) for heads in (8, 2, 2))
+        found, weights = [], torch.randn_like(q)
+        for function in (documents.attention, documents._each):
+            inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+            y = function(*inputs)
+            found.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
+        for one, other in zip(*found):
+            assert (one - other).float().norm() < 1e-2 * other.float().norm()
+    assert device.graphs_compiled() <= made + 1
