@@ -191,8 +191,9 @@ SEVEN = dict(
     num_key_value_heads=8, head_dim=128, sliding_window=4096, max_position_embeddings=32768, rms_norm_eps=1e-5,
 )  # fmt: skip
 TINY = SEVEN | dict(vocab_size=2000, hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=8)
-PARTS = ("matmul", "sft-2048", "peer-2048", "dpo", "sft-4096", "peer-4096", "full-2048")
-SECONDS = 540  # after which no other part of the GPU's run begins
+PARTS = ("matmul", "sft-2048", "peer-2048", "dpo", "compiled-2048", "sft-4096", "peer-4096", "full-2048")
+SECONDS = 590  # of all parts of the GPU's run
+LIMIT = 150  # of one part: what hangs or compiles for long takes the time of two others at most
 STEPS = 12  # of a part, the first two of them to warm up
 
 
@@ -263,7 +264,7 @@ def part_of_gpu(part: str, tiny: bool) -> dict:
         return {"tflops": 2 * n**3 / statistics.median(times[2:]) / 1e12}
     kind, _, length = part.partition("-")
     length = min(int(length or 0), 256) if tiny else int(length or 0)
-    run = {"sft": ours_on_gpu, "full": ours_on_gpu, "dpo": ours_on_gpu, "peer": peer_on_gpu}[kind]
+    run = peer_on_gpu if kind == "peer" else ours_on_gpu
     for rows in (4, 2, 1) if kind == "dpo" else (8, 4, 2, 1):
         try:
             found = {"rows": rows, **run(kind, length, rows, where)}
@@ -278,20 +279,23 @@ def part_of_gpu(part: str, tiny: bool) -> dict:
 
 
 def ours_on_gpu(kind: str, length: int, rows: int, where) -> dict:
-    """sft: LoRA, packed; full: all weights, 8-bit moments, checkpointing; dpo: NeuralHermes' recipe, over INT4."""
+    """sft: LoRA, packed; compiled: the same with --compile; full: all weights, 8-bit moments, checkpointing; dpo:
+    NeuralHermes' recipe, over INT4."""
     import torch
 
-    from minichat import data, lora, plan, training
+    from minichat import data, device, lora, plan, training
     from minichat.int4 import Scheme
     from minichat.metrics import Metrics
     from minichat.model import Config
 
     config = Config(**(TINY if where.type == "cpu" else SEVEN))
     model = random_model(config, where, Scheme() if kind == "dpo" else None)
-    again = [] if kind == "sft" else ["block"]
+    again = [] if kind in ("sft", "compiled") else ["block"]
     attach = lambda m: m.requires_grad_(True) if kind == "full" else lora.attach(m, RANK, RANK, 0.05)  # noqa: E731
     attach(model)
     model.model.compute_again(*again or [""])
+    if kind == "compiled":
+        model.model.compile_blocks(device.compiler(where))
     settings = training.Settings(steps=STEPS, batch_size=rows, pack=length or None, lr=5e-5, warmup=0, log_every=1)
     method, items = training.sft(), None
     if kind == "dpo":  # 16 pairs a step
@@ -317,6 +321,7 @@ def ours_on_gpu(kind: str, length: int, rows: int, where) -> dict:
         "step_seconds": spread(seconds),
         "flops_per_token": plain.flops_per_token,
         "planned": str(made),
+        **{key: lines[-1][key] for key in ("graphs", "recompiled") if key in lines[-1]},
         **({"projected_minutes_of_200_steps": statistics.median(seconds) * 200 / 60} if kind == "dpo" else {}),
     }
 
@@ -361,10 +366,10 @@ def gpu(tiny: bool) -> dict:
     """Every part that there is time for, and what follows from them."""
     start, found = time.perf_counter(), {}
     for part in PARTS:
-        if time.perf_counter() - start > SECONDS:
+        left = min(LIMIT, SECONDS - (time.perf_counter() - start))
+        if left < 10:
             break
         command = [sys.executable, "-W", "ignore", __file__, "--gpu", "--work", part, *(["--tiny"] if tiny else [])]
-        left = max(10, SECONDS + 50 - (time.perf_counter() - start))
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=left)
             failed = done.stderr[-1000:] if done.returncode else None
@@ -380,6 +385,9 @@ def gpu(tiny: bool) -> dict:
         peer = found.get(part.replace("sft", "peer"), {})
         if part.startswith("sft") and "tokens_per_s" in one and "tokens_per_s" in peer:
             ratios[f"{part}_speed"] = one["tokens_per_s"] / peer["tokens_per_s"]
+        plain = found.get(part.replace("compiled", "sft"), {})
+        if part.startswith("compiled") and "tokens_per_s" in one and "tokens_per_s" in plain:
+            ratios[f"{part}_gain"] = one["tokens_per_s"] / plain["tokens_per_s"]
     return {"parts": found, "ratios": ratios}
 
 

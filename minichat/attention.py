@@ -1,13 +1,18 @@
 """Sliding-window, grouped-query attention. What a query sees follows from positions alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from minichat.device import sdpa
+from minichat.device import one_kernel, sdpa
 
 FORKS = 4  # document numbers in a packed row: FORKS * n is a document or its trunk, which FORKS * n + 1, … continue
+FLEX_BLOCK = 128  # queries and keys of a block that is skipped where no query sees any of its keys
+BLOCK_LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
+               "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")  # fmt: skip
 QUERY_BLOCK = 512  # queries at a time where there are more: bounds the mask and the scores
 
 
@@ -83,15 +88,18 @@ class Documents:
 
     lengths: of each document, T together. (n,) is a sequence; (trunk, n, m) are two, that begin with the same tokens:
     trunk, then n that continue it, then m that continue it too and see nothing of the n. Each sequence goes through
-    attention by itself: what a mask hides would cost as much as what it shows.
+    attention by itself: what a mask hides would cost as much as what it shows. On CUDA they go in one call of a kernel
+    that skips blocks of such a mask.
     """
 
     def __init__(self, lengths: list[tuple[int, ...]], window: int | None, device: torch.device):
         self.lengths, self.window = lengths, window
         pieces = [(start, n) for trunk, *forks in lengths for start, n in ((0, trunk), *((trunk, n) for n in forks))]
         positions = torch.cat([torch.arange(start, start + n) for start, n in pieces])
+        self._known = positions  # on the host, which waits for nothing to read it
         self.positions = positions[None].to(device, non_blocking=True)
         self.views: dict[tuple[int, int], View] = {}
+        self.blocks: tuple[Tensor, ...] | None = None  # once flex() has made them, for all layers
 
     def view(self, queries: int, keys: int) -> View | None:
         """What the last `queries` tokens of a sequence of `keys` see; None is all before them, of all of them."""
@@ -104,7 +112,70 @@ class Documents:
         return self.views[queries, keys]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As the function of this name, with B = 1. A trunk and what comes next to it are one sequence as they are."""
+        """As the function of this name, with B = 1."""
+        # float32's blocks do not fit a card's shared memory, and its products take no smaller head
+        fits = q.dtype != torch.float32 and q.shape[3] >= 16
+        kernel = one_kernel(_flex, q.device) if fits and self._several() else None
+        return self._each(q, k, v) if kernel is None else self.flex(q, k, v, kernel)
+
+    def _several(self) -> bool:
+        """Whether it is more than a plain causal sequence."""
+        n = sum(self.lengths[0])
+        return len(self.lengths) > 1 or len(self.lengths[0]) > 2 or self.view(n, n) is not None
+
+    def spans(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Which columns each query sees, (T,) int64 each: those from the first tensor's on up to its own, and of its
+        trunk those from the second's on, before the third's."""
+        counts, pieces, end = [], [], 0
+        for trunk, *forks in self.lengths:
+            start = end
+            for fork, n in enumerate((trunk, *forks)):
+                counts.append(n)
+                pieces.append((end, start, start + trunk if fork else start))
+                end += n
+        own, head, until = torch.tensor(pieces).repeat_interleave(torch.tensor(counts), dim=0).unbind(1)
+        if self.window is not None:
+            own = own.maximum(torch.arange(end) - self.window + 1)
+            head = head + (self._known - self.window + 1).clamp_min(0)
+        return own, head, until
+
+    def _blocks(self) -> tuple[Tensor, ...]:
+        """The spans, and the tensors of flex_attention's BlockMask, as _flex takes them.
+
+        Made block by block: no (T, T) mask exists. T is rounded up to whole blocks, whose queries see themselves.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        own, head, until = self.spans()
+        T = max(2, -(-len(own) // FLEX_BLOCK)) * FLEX_BLOCK  # never one block: torch takes sizes of 1 for a constant
+        filler = torch.arange(len(own), T)
+        own, head, until = (torch.cat([x, y]) for x, y in ((own, filler), (head, filler), (until, filler)))
+        # (T, 1) queries beside the first and last columns of each block
+        here, first = torch.arange(T)[:, None], torch.arange(0, T, FLEX_BLOCK)
+        last = first + FLEX_BLOCK - 1
+        a, b, c = own[:, None], head[:, None], until[:, None]
+        some = ((last >= a) & (first <= here)) | ((last >= b) & (first < c) & (b < c))
+        full = ((first >= a) & (last <= here)) | ((first >= b) & (last < c))
+        some, full = (x.unflatten(0, (-1, FLEX_BLOCK)) for x in (some, full))
+        some, full = some.any(1), full.all(1)
+        kinds = [some & ~full, full]
+        where = self.positions.device
+        found = [(kind.sum(1), kind.int().argsort(dim=1, descending=True, stable=True)) for kind in kinds]
+        found = [x[None, None].to(where, torch.int32, non_blocking=True) for pair in found for x in pair]
+        own, head, until = (x.to(where, non_blocking=True) for x in (own, head, until))
+        mask = BlockMask.from_kv_blocks(*found, BLOCK_SIZE=FLEX_BLOCK)
+        return own, head, until, *(getattr(mask, name) for name in BLOCK_LISTS)
+
+    def flex(self, q: Tensor, k: Tensor, v: Tensor, one_kernel: Callable) -> Tensor:
+        """In one call: blocks that no query sees cost nothing. one_kernel: _flex, or that compiled."""
+        if self.blocks is None:
+            self.blocks = self._blocks()
+        T = q.shape[2]
+        q, k, v = (F.pad(x, (0, 0, 0, len(self.blocks[0]) - T)) for x in (q, k, v))
+        return one_kernel(q, k, v, *self.blocks)[:, :, :T]
+
+    def _each(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One sequence after the other. A trunk and what comes next to it are one as they are."""
         found, start = [], 0
         for trunk, *forks in self.lengths:
             end = start + trunk + sum(forks[:1])
@@ -120,6 +191,19 @@ class Documents:
             return found[0]
         # put together as (B, T, H, Hd), which is how the next linear wants them: no other copy
         return torch.cat([x.transpose(1, 2) for x in found], dim=1).transpose(1, 2)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, own: Tensor, head: Tensor, until: Tensor, *blocks: Tensor) -> Tensor:
+    """Attention by Documents._blocks(). They are tensors, and the mask is made in here, so that nothing that another
+    batch changes is a constant of what is compiled."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    def seen(_b, _h, q, k):
+        return ((k >= own[q]) & (k <= q)) | ((k >= head[q]) & (k < until[q]))
+
+    T = q.shape[2]
+    mask = BlockMask((T, T), *blocks, (FLEX_BLOCK, FLEX_BLOCK), seen)
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, view: View | Documents | None) -> Tensor:

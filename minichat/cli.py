@@ -226,6 +226,9 @@ def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_si
                        "block again in the backward pass: less memory, a third more time")  # fmt: skip
     group.add_argument("--memory-budget", type=float, metavar="GIB", help="compute as much again as a micro-batch "
                        "needs to fit (estimated on shapes, in a minute for a 7B)")  # fmt: skip
+    group.add_argument("--compile", action="store_true", help="compile the blocks, once for all lengths: needs a C++ "
+                       "compiler, or Triton on CUDA, and most of a minute in the first step, for a few per cent later "
+                       "(on a CPU); other last digits, another dropout")  # fmt: skip
     group.add_argument("--plan", action="store_true", help="say what the run would need and how long it would take, "
                        "without loading the weights, and stop")  # fmt: skip
     group.add_argument("--tflops", type=float, metavar="X", help="what the device does at best, in TFLOP/s: --plan "

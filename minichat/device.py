@@ -5,6 +5,7 @@ Nothing is probed when this module is imported; Gaudi's bridge is imported only 
 
 import ctypes
 import functools
+import importlib.util
 import math
 import mmap
 import os
@@ -107,6 +108,50 @@ def graph(function: Callable, device: torch.device, generators: Sequence[torch.G
     return function
 
 
+def compiler(device: torch.device, backend: str = "inductor") -> Callable[[Callable], Callable]:
+    """What compiles a function of a module and tensors (…, T, D) there: once for every T.
+
+    It is compiled again where tensors come with another dtype, with a gradient or without, or where what it reads of
+    the module differs (graphs_compiled counts). Raises BadInput where torch has no compiler that works.
+    """
+    if device.type == "hpu":
+        raise BadInput("--compile is for cpu and cuda: on an HPU the bridge compiles what it collects; leave it out")
+    try:
+        torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(2, device=device))
+    except Exception as error:  # no C++ compiler, no Python.h, no Triton, …: each is another kind of error
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        needs = "triton" if device.type == "cuda" else "a C++ compiler (g++) and Python's headers"
+        raise BadInput(
+            f"--compile: torch cannot compile for {device} ({why}); it needs {needs}; or leave it out"
+        ) from None
+
+    return functools.partial(compiled_for_lengths, backend=backend)
+
+
+def compiled_for_lengths(function: Callable, backend: str = "inductor") -> Callable:
+    """A function, of tensors and maybe a module before them, compiled once for all lengths.
+
+    Those are T of numbers (…, T, D) and all sizes of integers. No other size is free: where all are, a T that happens
+    to be D at first is taken for D ever after.
+    """
+    whole = torch.compile(function, backend=backend, fullgraph=True)  # never a part of it in silence
+
+    def run(*args):
+        for x in args:
+            if isinstance(x, torch.Tensor):
+                for i in (x.dim() - 2,) if x.is_floating_point() else range(x.dim()):
+                    torch._dynamo.maybe_mark_dynamic(x, i)
+        return whole(*args)
+
+    return run
+
+
+def graphs_compiled() -> int:
+    """How many graphs torch.compile has made in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
 @functools.cache  # libraries keep a workspace for each
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
@@ -164,6 +209,14 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor |
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     # torch's own would hold all scores for backward there; with recompute, as here, nothing of that size is kept
     return fused.FusedSDPA.apply(q, k, v, mask, 0.0, mask is None, None, "None", True)
+
+
+@functools.cache
+def one_kernel(function: Callable, device: torch.device) -> Callable | None:
+    """`function`, attention by torch's flex_attention, compiled; None where that is no kernel with a backward pass: off
+    CUDA, and where torch or Triton is not as it has to be. As compiled_for_lengths takes it."""
+    there = importlib.util.find_spec("torch.nn.attention.flex_attention") and importlib.util.find_spec("triton")
+    return compiled_for_lengths(function) if device.type == "cuda" and there else None
 
 
 def generator(device: torch.device, seed: int | None = None) -> torch.Generator:

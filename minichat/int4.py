@@ -78,6 +78,33 @@ class _Matmul(torch.autograd.Function):
         return kernels.named(ctx.kernel).matmul_transposed(grad, ctx.packed), None, None
 
 
+# What torch.compile sees in _Matmul's place, as one operation: it can look into no kernel.
+_OP = "(Tensor x, Tensor codes, Tensor scale, Tensor? zero, int[] shape, str kernel, bool back, bool exact) -> Tensor"
+
+
+@torch.library.custom_op("minichat::int4_matmul", mutates_args=(), schema=_OP)
+def _matmul(x, codes, scale, zero, shape, kernel, back, exact):
+    """x @ weight^T, or x @ weight; shape: in, out features, group size and bits of the weight."""
+    packed, module = Packed(codes, scale, zero, *shape), kernels.named(kernel)
+    return module.matmul_transposed(x, packed) if back else module.matmul(x, packed, exact)
+
+
+@_matmul.register_fake
+def _(x, codes, scale, zero, shape, kernel, back, exact):
+    return x.new_empty(*x.shape[:-1], shape[1] if back else shape[0])
+
+
+def _keep(ctx, inputs, output):
+    _, *ctx.weight, ctx.shape, ctx.kernel, _, ctx.exact = inputs
+
+
+def _gradient(ctx, grad):
+    return _matmul(grad.contiguous(), *ctx.weight, ctx.shape, ctx.kernel, True, ctx.exact), *[None] * 7
+
+
+_matmul.register_autograd(_gradient, setup_context=_keep)
+
+
 class Int4Linear(nn.Module):
     """A linear whose weight (out_features, in_features) is quantised and frozen: x (..., in) -> (..., out), x's dtype.
 
@@ -157,7 +184,11 @@ class Int4Linear(nn.Module):
         return self.codes.device
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
+        learns = x.requires_grad and torch.is_grad_enabled()
+        if torch.compiler.is_compiling():
+            shape = [self.out_features, self.in_features, self.group_size, self.bits]
+            y = _matmul(x, self.codes, self.scale, self.zero, shape, self.kernel, False, self.exact or learns)
+        elif learns:
             y = _Matmul.apply(x, self.kernel, self.packed)
         else:
             y = kernels.named(self.kernel).matmul(x, self.packed, self.exact)

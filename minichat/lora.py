@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685), hand-written, and PEFT's files for them."""
 
 import copy
+import functools
 import hashlib
 import math
 import re
@@ -140,12 +141,16 @@ def attach(
 
 def _mix_in(module: nn.Module, A: Tensor, B: Tensor, r: int, alpha: float, dropout: float, rslora: bool) -> None:
     where = next(iter([*module.parameters(), *module.buffers()])).device
-    kind = type(module)
-    module.__class__ = type(f"Lora{kind.__name__}", (Lora, kind), {})
+    module.__class__ = _mixed(Lora, type(module))
     module.lora_A, module.lora_B = (nn.Linear(m.shape[1], m.shape[0], bias=False, device="meta") for m in (A, B))
     module.lora_A.weight = nn.Parameter(A.to(where, torch.float32))
     module.lora_B.weight = nn.Parameter(B.to(where, torch.float32))
     module.lora_scale, module.lora_dropout, module.lora_on = scale(r, alpha, rslora), dropout, True
+
+
+@functools.cache  # one class for all layers: what is compiled for one module is for that of its class
+def _mixed(what: type, kind: type) -> type:
+    return type(f"{what.__name__}{kind.__name__}", (what, kind), {})
 
 
 def _names(pattern: str, name: str) -> bool:
@@ -410,7 +415,7 @@ def freeze(model: nn.Module) -> None:
         frozen = module.lora_A.weight.data, module.lora_B.weight.data, module.lora_scale
         _take_off(module)
         if not isinstance(module, Frozen):
-            module.__class__ = type(f"Frozen{type(module).__name__}", (Frozen, type(module)), {})
+            module.__class__ = _mixed(Frozen, type(module))
             module.frozen = []
         module.frozen.append(frozen)
     model.lora = None

@@ -1,7 +1,9 @@
 """Mistral, from its config.json: module names are Hugging Face's, so weights need no key map."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from minichat.attention import Documents, View, attention, rotary, rotate
 from minichat.errors import BadInput
 
 AGAIN = ("attention", "mlp", "block")  # of a block: what gradient checkpointing can compute again
+COMPILED = ("_before", "_after", "_mlp")  # of a block: all but attention itself
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")  # the same block where neither biases nor RoPE scaling are
 
 
@@ -191,15 +194,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, config.num_key_value_heads * Hd, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * Hd, D, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D) -> queries (B, H, T, Hd), keys and values (B, KvH, T, Hd), the first two rotated."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, Hd)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, KvH, T, Hd)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, KvH, S, Hd)
-        return self.o_proj(attention(q, k, v, view).transpose(1, 2).reshape(B, T, -1))
+        q, k, v = (
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 class MLP(nn.Module):
@@ -246,7 +247,18 @@ class Block(nn.Module):
         return _kept(self._mlp, x, again=self.again == "mlp")
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
-        return x + self.self_attn(self.input_layernorm(x), cos, sin, view, cache)
+        q, k, v = self._before(x, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.self_attn.layer, k, v)  # (B, KvH, S, Hd)
+        y = attention(q, k, v, view).transpose(1, 2).contiguous()  # (B, T, H, Hd)
+        # what is compiled asks of a view what it is a view of, which differs from row to row: this is none
+        return self._after(x, torch.ops.aten._unsafe_view(y, (*y.shape[:2], -1)))
+
+    def _before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.heads(self.input_layernorm(x), cos, sin)
+
+    def _after(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + self.self_attn.o_proj(y)
 
     def _mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -274,6 +286,17 @@ class Decoder(nn.Module):
         names = names * len(self.layers) if len(names) == 1 else names
         for block, name in itertools.zip_longest(self.layers, names, fillvalue=""):
             block.again = name
+
+    def compile_blocks(self, compiled: Callable[[Callable], Callable]) -> None:
+        """Run the blocks' parts as compiled(part), each one function for all blocks (device.compiler has such).
+
+        Attention itself stays as it is: it goes document by document, and another list of lengths is not to be another
+        program. So does what gradient checkpointing computes again: it calls what is compiled.
+        """
+        parts = {name: compiled(getattr(Block, name)) for name in COMPILED}
+        for block in self.layers:
+            for name, part in parts.items():
+                setattr(block, name, MethodType(part, block))
 
     def forward(
         self,

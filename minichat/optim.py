@@ -58,7 +58,7 @@ class AdamW:
 
     Weights below float32 get a float32 master that takes the updates: a bf16 weight has 8 bits, and would round most
     of them away. Weight decay spares vectors (the norms). eight_bit: hold the moments as squeeze() makes them, block by
-    block (after arXiv 2110.02861; the codes are our own). offload: hold them on the host.
+    block (after arXiv 2110.02861; the codes are our own). home: where they are held; None, beside their weights.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         eight_bit: bool = False,
-        offload: bool = False,
+        home: torch.device | None = None,
     ):
         self.names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.weights = [p for p in model.parameters() if p.requires_grad]
@@ -77,7 +77,7 @@ class AdamW:
         exact = torch.float32
         self.masters = [p if p.dtype == exact else p.detach().to(exact).requires_grad_() for p in self.weights]
         self.betas, self.eps, self.decay, self.steps = betas, eps, weight_decay, 0
-        self.eight_bit, self.home = eight_bit, torch.device("cpu") if offload else None
+        self.eight_bit, self.home = eight_bit, home
         self.moments = [self._put(torch.zeros_like(m), torch.zeros_like(m)) for m in self.masters]
 
     def _put(self, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:

@@ -31,7 +31,7 @@ class Plan:
     """weights: all, trained: those that learn. flops and tokens: of one micro-batch, forward and backward.
 
     peak: bytes, at their most; parts: of what. Before the allocator rounds, and without the libraries' own scratch.
-    again: what Decoder.compute_again was told.
+    again: what Decoder.compute_again was told. host: bytes of the optimiser's moments that are not on the device.
     """
 
     weights: int
@@ -41,6 +41,7 @@ class Plan:
     peak: int
     parts: dict[str, int]
     again: Sequence[str]
+    host: int = 0
 
     @property
     def flops_per_token(self) -> float:
@@ -52,7 +53,9 @@ class Plan:
         return (
             f"{self.weights / 1e6:,.1f} M weights, {self.trained / 1e6:,.1f} M of them train; "
             f"{self.flops_per_token / 1e9:.1f} GFLOP per token; a micro-batch of {self.tokens:,} tokens "
-            f"holds {self.peak / GIB:.2f} GiB ({parts})" + (f"; computed again: {again}" if again else "")
+            f"holds {self.peak / GIB:.2f} GiB ({parts})"
+            + (f"; computed again: {again}" if again else "")
+            + (f"; moments on the host: {self.host / GIB:.2f} GiB" if self.host else "")
         )
 
 
@@ -66,9 +69,10 @@ def make(
     accumulate: int = 1,
     again: Sequence[str] = ("",),
     eight_bit: bool = False,
+    offload: bool = False,
 ) -> Plan:
     """Run a step of this batch without values. prepare: says what trains. again: as Decoder.compute_again takes it.
-    eight_bit: the optimiser's moments.
+    eight_bit, offload: the optimiser's moments.
 
     The model is on the CPU as far as torch can tell, so that attention keeps no scores; INT4 is the reference kernel's.
     """
@@ -80,7 +84,8 @@ def make(
         model.model.compute_again(*again)
         trained = [p for p in model.parameters() if p.requires_grad]
         live.part = "optimiser"
-        optimizer = optim.AdamW(model, eight_bit=eight_bit)
+        # the device is the CPU here, and what Live does not count is the host
+        optimizer = optim.AdamW(model, eight_bit=eight_bit, home=torch.device("meta") if offload else None)
         hooks = [(model.model, "activations"), (model.lm_head, "logits")]
         for module, part in hooks:
             module.register_forward_pre_hook(lambda *_, part=part: setattr(live, "part", part))
@@ -92,13 +97,15 @@ def make(
             loss.backward()
             optimizer.collect()
             live.gradients = {_key(p.grad) for p in (*trained, *optimizer.masters) if p.grad is not None}
+        live.part = "update"
         optimizer.step(1e-4, 1.0)
     count = sum(p.numel() for p in model.parameters()) + sum(
         m.in_features * m.out_features for m in model.modules() if hasattr(m, "group_size")
     )
     tokens = batch.tensors["ids"].numel()
     trains = sum(p.numel() for p in trained)
-    return Plan(count, trains, live.flops, tokens, live.peak, dict(live.parts), again)
+    host = sum(x.nbytes for moments in optimizer.moments for x in moments) if offload else 0
+    return Plan(count, trains, live.flops, tokens, live.peak, dict(live.parts), again, host)
 
 
 def choose(budget_gib: float, layers: int, of: Callable[[Sequence[str]], Plan]) -> Plan:

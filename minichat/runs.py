@@ -133,6 +133,8 @@ def train(
             "need rows in the embedding; resize it, or take the tokenizer without them"
         )
     model.model.compute_again(args.gradient_checkpointing or "")
+    if args.compile and not args.plan:
+        model.model.compile_blocks(device.compiler(model.device))
     if args.full and model.scheme is not None:
         raise BadInput(f"{args.model} is quantised: --full trains float weights; train an adapter, without --full")
     prepare(args, model)
@@ -216,6 +218,8 @@ def train(
         distributed.stop()
         if first:
             draw(args.out)
+        if args.compile:
+            say(f"compiled: {last['graphs']} graphs, {last['recompiled']} of them after the first step")
         if args.tflops:
             share = last["tokens_per_s"] * useful / args.tflops / 1e12
             say(
@@ -298,8 +302,8 @@ def make_plan(
 
     def of(again: Sequence[str]) -> plan.Plan:
         shape = model.config, model.scheme, model.dtype
-        eight_bit = args.optimizer == "adamw8bit"
-        return plan.make(*shape, lambda m: prepare(args, m), method, batch, args.accumulate, again, eight_bit)
+        moments = args.optimizer == "adamw8bit", args.offload_optimizer
+        return plan.make(*shape, lambda m: prepare(args, m), method, batch, args.accumulate, again, *moments)
 
     if args.memory_budget:
         found = plan.choose(args.memory_budget, model.config.num_hidden_layers, of)

@@ -158,13 +158,14 @@ def fit(
         device.keep_host_memory()
     items = items if isinstance(items, data.Mix) else data.Mix([items])
     total = count_steps(items, settings)
-    how = settings.optimizer == "adamw8bit", settings.offload
+    how = settings.optimizer == "adamw8bit", torch.device("cpu") if settings.offload else None
     optimizer = optim.AdamW(model, settings.betas, settings.eps, settings.weight_decay, *how)
     torch.manual_seed(settings.seed + distributed.rank())  # dropout is another one in each process
     warmup = 0 if settings.warmup * total < 1 else settings.warmup  # its one step, at rate 0, would be the run
     model.train()
     pending = _Pending(settings.log_every, (*method.keys, "grad_norm"), where)
     done, tokens, last = 0, 0, {}
+    compiled, expected = device.graphs_compiled(), 0  # before; and by the first logged step and by evaluation
     if resume:
         done, tokens = checkpoints.resume(model, optimizer, metrics)
     device.mark_step(where)  # what is above is a graph of its own, not a part of the first step's
@@ -196,10 +197,15 @@ def fit(
             means = pending.read()
             now = time.perf_counter()
             rate = (tokens - logged_tokens) / (now - start)
+            graphs = device.graphs_compiled() - compiled
+            expected = expected if last else graphs
             last = {"step": done, **method.summary(means), "lr": lr, "tokens": tokens, "tokens_per_s": round(rate, 1)}
+            if graphs:
+                last |= {"graphs": graphs, "recompiled": graphs - expected}
             if evaluates:
                 found = evaluate(model, method, eval_items, settings)
                 scores = {f"eval_{key}": value for key, value in found.items()}
+                expected += device.graphs_compiled() - compiled - graphs
             last |= scores
             metrics.write(last)
             start, logged_tokens = time.perf_counter(), tokens

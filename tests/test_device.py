@@ -223,3 +223,15 @@ def test_decoding_replays_one_graph(cuda, flags, monkeypatch):
     monkeypatch.setattr(device, "graph", lambda f, where, generators: device._CudaGraphs(f, where, generators))
     assert generate(model, prompts, 60, **flags) == expected
     assert len(cuda) == 1 and cuda[0].replays <= 58
+
+
+def test_no_compiler_is_one_line():
+    def fails(*_):
+        raise RuntimeError("g++ is not there\nand more")
+
+    with pytest.raises(
+        BadInput, match=r"--compile: torch cannot compile for cpu \(.*g\+\+ is not there.*a C\+\+ compiler"
+    ):
+        device.compiler(torch.device("cpu"), fails)
+    with pytest.raises(BadInput, match="--compile is for cpu and cuda"):
+        device.compiler(torch.device("hpu"))

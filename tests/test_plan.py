@@ -119,3 +119,21 @@ def test_a_budget_is_kept_and_changes_no_gradient():
     most, least = of([""]).peak, of(["block"]).peak
     found = plan.choose((most + 2 * least) / 3 / plan.GIB, 4, of)
     assert least < found.peak <= (most + 2 * least) / 3 and any(found.again)
+
+
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_moments_on_the_host_are_none_of_the_devices(eight_bit):
+    """Between steps; a step brings some of them at a time."""
+    config = make(**SHAPE, num_hidden_layers=4).config
+    of = lambda offload: plan.make(  # noqa: E731
+        config, None, torch.float32, lambda m: m.requires_grad_(True), training.sft(), sft_batch(), 1, ["block"],
+        eight_bit, offload,
+    )  # fmt: skip
+    here, there = of(False), of(True)
+    optimizer = training.optim.AdamW(make(**SHAPE, num_hidden_layers=4).requires_grad_(True), eight_bit=eight_bit)
+    held = sum(x.nbytes for moments in optimizer.moments for x in moments)
+    assert there.host == held and here.host == 0
+    if not eight_bit:  # else what a step makes of them is the peak of both
+        assert here.parts["optimiser"] == held
+    assert there.peak < here.peak and there.flops == here.flops
+    assert f"moments on the host: {held / plan.GIB:.2f} GiB" in str(there) and "host" not in str(here)

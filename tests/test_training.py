@@ -4,12 +4,13 @@ import copy
 import json
 import math
 import random
+import shutil
 
 import pytest
 import torch
 from helpers import make, theirs
 
-from minichat import attention, data, lora, losses, optim, training
+from minichat import attention, data, device, int4, lora, losses, optim, training
 from minichat.errors import BadInput
 from minichat.examples import Example, Pair
 from minichat.metrics import Metrics
@@ -372,6 +373,129 @@ def test_full_dpo_keeps_the_reference_that_it_started_from(tmp_path):
     assert last["eval_margin"] == pytest.approx((rewards[0] - rewards[1]).mean().item(), abs=1e-3)
     assert last["eval_accuracy"] == (rewards[0] > rewards[1]).double().mean()
     assert last["eval_margin"] > 0.1
+
+
+# ---- compiled blocks ----
+
+
+# torch's tracer does what torch warns of: it makes objects of autograd.Function, and looks for a gradient everywhere
+tracer_warns = pytest.mark.filterwarnings(
+    "ignore:.*autograd.function.Function.* should not be instantiated", "ignore:The .grad attribute of a Tensor"
+)
+
+
+@pytest.fixture
+def compiler():
+    """Forgets what other tests have compiled: torch keeps 8 graphs of a function."""
+    yield
+    torch._dynamo.reset()
+
+
+def compile_blocks(model, backend):
+    model.model.compile_blocks(device.compiler(model.device, backend))
+
+
+def uneven_batches(kind):
+    """Micro-batches of other lengths and numbers of documents; the first has as many tokens as the model is wide."""
+    lengths = [(20, 44), (33,), (3, 4, 5), (130, 2), (2,), (64, 64)]
+    if kind == "dpo":
+        draw = lambda n: [n % 97] * n  # noqa: E731
+        return [data.dpo_batch([[Pair(draw(n), draw(n + 1), draw(3))] for n in each], None) for each in lengths]
+    rows = [[Example([n * i % 97 for i in range(n)], [0] + [1] * (n - 1)) for n in each] for each in lengths]
+    return [data.sft_batch([[e] for e in row], None) for row in rows]
+
+
+def compiled_and_plain(kind, again, backend):
+    """Losses and gradients of the same model, plain and compiled, of the batches; and the graphs after each of them."""
+    model, found = make(num_hidden_layers=4, **WIDE), []
+    if kind == "int4":
+        int4.quantize(model)
+    if kind == "bf16":
+        model.bfloat16()
+    if kind == "full":
+        model.requires_grad_(True)
+    else:
+        lora.attach(model, r=4, dropout=0.2)
+        for module in lora.adapted(model).values():
+            module.lora_B.weight.data.normal_(0, 0.1)
+    method = training.dpo() if kind == "dpo" else training.sft()
+    model.train()
+    model.model.compute_again(*again)
+    batches, graphs = uneven_batches(kind), []
+    for compiles in (False, True):
+        if compiles:
+            compile_blocks(model, backend)
+            graphs.append(device.graphs_compiled())
+        for batch in batches:
+            torch.manual_seed(0)
+            model.zero_grad()
+            loss = method.objective(model, batch.tensors)["loss"] / batch.weight
+            loss.backward()
+            grads = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+            found.append((loss.detach(), grads / grads.abs().max().clamp_min(1e-3)))
+            if compiles:
+                graphs.append(device.graphs_compiled())
+    return found[: len(batches)], found[len(batches) :], graphs
+
+
+WIDE = dict(hidden_size=64, intermediate_size=96, head_dim=16)  # multiples of INT4's groups
+
+
+@tracer_warns
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind, again, backend",
+    [("sft", ["attention", "mlp", "block", ""], "aot_eager"), ("int4", ["block"], "aot_eager"),
+     ("dpo", ["block"], "eager"), ("bf16", [""], "eager"), ("full", [""], "eager")],
+)  # fmt: skip
+def test_compiled_blocks_learn_the_same_and_are_compiled_once_for_all_lengths(kind, again, backend, compiler):
+    plain, compiled, graphs = compiled_and_plain(kind, again, backend)
+    assert graphs[0] < graphs[1] == graphs[-1]
+    assert graphs[1] - graphs[0] <= 3 * (3 if kind == "dpo" else 2)  # parts; by what has a gradient, and the reference
+    for (loss, grads), (expected, expected_grads) in zip(compiled, plain):
+        exact = 1e-2 if kind == "bf16" else 1e-5
+        torch.testing.assert_close(loss, expected, rtol=exact, atol=exact)
+        torch.testing.assert_close(grads, expected_grads, rtol=0, atol=exact)
+
+
+@tracer_warns
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_blocks_compiled_to_machine_code_learn_the_same(monkeypatch, compiler):
+    """Without dropout, whose numbers differ."""
+    attach = lora.attach
+    monkeypatch.setattr(lora, "attach", lambda model, r, dropout: attach(model, r))
+    plain, compiled, graphs = compiled_and_plain("sft", [""], "inductor")
+    assert graphs[1] == graphs[-1]
+    for (loss, grads), (expected, expected_grads) in zip(compiled, plain):
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grads, expected_grads, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@tracer_warns
+def test_graphs_are_logged_and_one_that_is_made_again_shows(tmp_path, compiler):
+    model = adapted()
+    compile_blocks(model, "eager")
+    last = fit(model, training.sft(), examples(12), examples(3, seed=1), tmp_path, steps=6, eval_every=3)
+    records = logged(tmp_path)
+    assert records[0]["graphs"] > 0 and last["graphs"] > records[0]["graphs"]  # evaluation's: without a gradient
+    assert all(record["recompiled"] == 0 for record in records)
+
+    model = adapted()
+    compile_blocks(model, "eager")
+    method = training.sft()
+    seen = []
+
+    def objective(model, tensors):
+        seen.append(tensors)
+        model.model.layers[1].mlp.down_proj.lora_on = len(seen) < 3  # what the program depends on changes
+        return method.objective(model, tensors)
+
+    last = fit(model, training.Method(objective, data.sft_batch), examples(12), steps=4)
+    assert last["recompiled"] > 0
+    assert "graphs" not in fit(adapted(), method, examples(4))
 
 
 # ---- numbers of steps, and what is logged ----

@@ -1,0 +1,123 @@
+"""A packed row's attention in one call, against the mask by its definition and against document after document."""
+
+import random
+import shutil
+
+import pytest
+import torch
+
+from minichat import attention, device
+from minichat.attention import FLEX_BLOCK, FORKS, Documents, visible
+
+CPU = torch.device("cpu")
+
+
+def trees(rng, largest):
+    """Lengths of documents and of trees, as of packed texts and of pairs; two tokens at the least."""
+    size = lambda: rng.choice([1, 2, rng.randrange(1, largest)])  # noqa: E731
+    found = [tuple(size() for _ in range(rng.randrange(1, 4))) for _ in range(rng.randrange(1, 5))]
+    return [(2, *found[0]), *found]
+
+
+def seen_by_definition(lengths, window):
+    """(T, T) bool: `visible` of positions and documents' numbers as a padded batch has them (data.py)."""
+    positions, numbers = [], []
+    for n, (trunk, *forks) in enumerate(lengths):
+        for fork, m in enumerate((trunk, *forks)):
+            first = trunk if fork else 0
+            positions += range(first, first + m)
+            numbers += [FORKS * n + fork] * m
+    positions, numbers = torch.tensor([positions]), torch.tensor([numbers])
+    return visible(positions, positions, window, numbers, numbers)[0, 0]
+
+
+@pytest.fixture
+def one_kernel():
+    """As on CUDA, but run as it is by torch, which says what it means."""
+    yield device.compiled_for_lengths(attention._flex, "eager")
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 1, 40, 300])
+@pytest.mark.parametrize("seed", range(6))
+def test_one_call_sees_what_is_visible_and_skips_the_rest(seed, window):
+    lengths = trees(random.Random(seed), 250)
+    expected = seen_by_definition(lengths, window)
+    T, documents = len(expected), Documents(lengths, window, CPU)
+    n = documents._blocks()[0].numel() // FLEX_BLOCK
+    # of scores that are all 0, the weights: 1 / count where a key is seen
+    v = torch.eye(T)[None, None]
+    found = documents.flex(torch.zeros(1, 1, T, 16), torch.zeros(1, 1, T, 16), v, attention._flex)
+    assert torch.equal(found[0, 0] > 0, expected)
+
+    tiles = torch.zeros(n * FLEX_BLOCK, n * FLEX_BLOCK, dtype=torch.bool)
+    tiles[:T, :T] = expected
+    beyond = torch.arange(T, len(tiles))
+    tiles[beyond, beyond] = True  # what fills up the row sees itself
+    tiles = tiles.unflatten(1, (n, FLEX_BLOCK)).unflatten(0, (n, FLEX_BLOCK)).transpose(1, 2).flatten(2)  # (n, n, …)
+    some, full = tiles.any(2), tiles.all(2)
+    counts, indices, full_counts, full_indices = (x[0, 0] for x in documents.blocks[3:7])
+    listed, listed_full = torch.zeros(2, n, n, dtype=torch.bool)
+    for i in range(n):
+        listed[i, indices[i, : counts[i]].long()] = True
+        listed_full[i, full_indices[i, : full_counts[i]].long()] = True
+    assert torch.equal(listed | listed_full, some)
+    assert not (listed & listed_full).any() and not (listed_full & ~full).any()
+
+
+def test_one_call_is_document_after_document_for_all_lengths_alike(one_kernel):
+    """Also where the number of blocks is that of the heads, or of tokens that of a head's size, at first."""
+    rng, made = random.Random(0), device.graphs_compiled()
+    for lengths, window in [([(500,), (2 * FLEX_BLOCK,)], 100), *((trees(rng, 400), 100) for _ in range(6))]:
+        documents, T = Documents(lengths, window, CPU), sum(map(sum, lengths))
+        q, k, v = (torch.randn(1, heads, T, 64) for heads in (6, 2, 2))
+        found = documents.flex(q, k, v, one_kernel)
+        torch.testing.assert_close(found, documents._each(q, k, v), rtol=0, atol=1e-5)
+    assert device.graphs_compiled() == made + 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
+def test_the_compiled_call_skips_what_it_may(one_kernel):
+    """As machine code it goes by the lists of blocks, which torch's own run of it does not look at."""
+    kernel, made = device.compiled_for_lengths(attention._flex), device.graphs_compiled()
+    for lengths in ([(200, 50, 300), (30,), (77, 13)], [(1, 1)], [(300, 9, 4), (600,)]):
+        documents, T = Documents(lengths, 100, CPU), sum(map(sum, lengths))
+        q, k, v = (torch.randn(1, heads, T, 16) for heads in (4, 2, 2))
+        found = documents.flex(q, k, v, kernel)
+        torch.testing.assert_close(found, documents._each(q, k, v), rtol=0, atol=1e-5)
+    assert device.graphs_compiled() == made + 1
+
+
+def test_only_cuda_takes_it_and_only_where_it_helps(monkeypatch):
+    assert device.one_kernel(attention._flex, CPU) is None
+    calls = []
+    instead = lambda q, *_: calls.append(q.shape[2]) or q  # noqa: E731
+    monkeypatch.setattr(attention, "one_kernel", lambda function, where: instead)
+    for lengths, dtype in [([(9, 4)], torch.bfloat16), ([(9,), (4,)], torch.float32)]:
+        x = torch.randn(1, 2, 13, 16, dtype=dtype)
+        Documents(lengths, None, CPU).attention(x, x, x)
+    assert not calls  # one causal sequence, and a dtype whose blocks are too large
+    for lengths, window in [([(9,), (4,)], None), ([(5, 4, 4)], None), ([(13,)], 6)]:
+        x = torch.randn(1, 2, 13, 16, dtype=torch.bfloat16)
+        assert torch.equal(Documents(lengths, window, CPU).attention(x, x, x), x)
+    assert calls == [2 * FLEX_BLOCK] * 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [None, 100])
+def test_on_a_card_values_and_gradients_are_those_of_document_after_document(window):
+    card, made = torch.device("cuda"), device.graphs_compiled()
+    for lengths in ([(200, 50, 300), (30,), (77, 13)], [(1, 1), (9,)], [(300, 9, 4), (600,)]):
+        documents, T = Documents(lengths, window, card), sum(map(sum, lengths))
+        q, k, v = (torch.randn(1, heads, T, 128, device=card, dtype=torch.bfloat16) for heads in (8, 2, 2))
+        found, weights = [], torch.randn_like(q)
+        for function in (documents.attention, documents._each):
+            inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+            y = function(*inputs)
+            found.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
+        for one, other in zip(*found):
+            assert (one - other).float().norm() < 1e-2 * other.float().norm()
+    assert device.graphs_compiled() <= made + 1
