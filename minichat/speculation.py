@@ -53,9 +53,8 @@ class Drafter:
         """How many of a draft's tokens were right, 0 of 0 without one, and how long the step took that found out."""
         if proposed in self._tried:
             self._seconds[proposed] = min(self._seconds.get(proposed, seconds), seconds)
-            cost = self._cost(proposed)
-        else:  # no token costs more than a step of its own
-            cost = min(proposed, seconds / self._seconds[0] - 1) if proposed else 0
+        # no token costs more than a step of its own; 0 is known where there was a draft
+        cost = min(proposed, seconds / self._seconds[0] - 1) if proposed else 0
         self._tried.add(proposed)
         self._credit = min(self._credit + LOSS + right - cost, MOST_CREDIT)
         if proposed:
@@ -64,7 +63,5 @@ class Drafter:
 
     def _cost(self, size: int) -> float:
         """What a step with such a draft takes beyond one without, in steps of one token."""
-        if not size:
-            return 0
         costs = {n: max(0.0, seconds / self._seconds[0] - 1) for n, seconds in self._seconds.items() if n}
         return costs[size] if size in costs else size * max((cost / n for n, cost in costs.items()), default=GUESS)
