@@ -1,6 +1,7 @@
 """Drafts change nothing but the number of forward passes."""
 
 import itertools
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,22 @@ def test_the_same_tokens_in_fewer_passes(window, monkeypatch):
         assert generate(model, [prompt], new, stop_ids=(), speculate=True)[0] == expected[0][:new]
 
 
+@pytest.mark.parametrize("right", range(16))
+def test_a_draft_that_is_wrong_from_some_token_on(right, monkeypatch):
+    """15 tokens of which the first `right` are the model's, again and again round a full ring."""
+    model = make(sliding_window=8)
+    expected = generate(model, [[1, 2, 3]], 100, stop_ids=())
+
+    def propose(self):
+        here = len(self.ids) - 3
+        true = expected[0][here : here + 15]
+        return [id if i < right else (id + 1) % 97 for i, id in enumerate(true)]
+
+    monkeypatch.setattr(Drafter, "propose", propose)
+    monkeypatch.setattr(Drafter, "learn", lambda *a: None)
+    assert generate(model, [[1, 2, 3]], 100, stop_ids=(), speculate=True) == expected
+
+
 def test_it_takes_one_greedy_prompt():
     for prompts, flags in (([[1], [2]], {}), ([[1]], {"temperature": 1.0}), ([[1]], {"repetition_penalty": 1.1})):
         with pytest.raises(BadInput, match="speculation"):
@@ -64,35 +81,61 @@ def test_a_draft_is_what_followed_the_longest_end_that_came_before(ids):
     assert draft == expected
 
 
-def drafted(text: list[int], prompt: list[int], each: float, compiling: float = 0) -> float:
-    """How many steps of one token a text with drafts takes as long as, where each token more costs a step's `each`.
+def drafted(text: list[int], prompt: list[int], each, slow=lambda step: 1.0, compiling: float = 0) -> float:
+    """How many steps of one token a text with drafts takes as long as; a token more costs each(step) of such a step.
 
-    compiling: what the first step of a number of tokens takes beyond that, which is not counted.
+    slow: how many times as long a step takes as it would; compiling: what the first of a number of tokens takes beyond
+    that, which is not counted.
     """
-    drafter, total, at, known = Drafter(prompt), 0.0, 0, set()
+    drafter, total, at, known, step = Drafter(prompt), 0.0, 0, set(), 0
     while at < len(text):
         draft = drafter.propose()[: len(text) - at - 1]
         right = next((i for i, id in enumerate(draft) if id != text[at + i]), len(draft))
-        cost = 1 + each * len(draft)
+        cost = (1 + each(step) * len(draft)) * slow(step)
         drafter.learn(len(draft), right, cost + compiling * (len(draft) not in known))
         known.add(len(draft))
         for id in text[at : at + right + 1]:
             drafter.append(id)
-        total, at = total + cost, at + right + 1
+        total, at, step = total + cost, at + right + 1, step + 1
     return total
 
 
-@given(ids=st.lists(st.integers(0, 5), min_size=120, max_size=400), each=st.floats(0, 1), compiling=st.floats(0, 50))
+@given(
+    ids=st.lists(st.integers(0, 5), min_size=120, max_size=400),
+    each=st.floats(0, 1),
+    growth=st.floats(0, 1),
+    compiling=st.floats(0, 50),
+)
 @settings(deadline=None, max_examples=200)
-def test_drafts_never_cost_more_than_a_twentieth(ids, each, compiling):
-    """Whatever the text, and whatever a token more costs on a machine."""
-    assert drafted(ids, ids[:20], each, compiling) <= len(ids) / 0.95
+def test_drafts_never_cost_more_than_a_twentieth(ids, each, growth, compiling):
+    """Whatever the text, and whatever a token more costs on a machine, also if it costs more and more."""
+    costs = drafted(ids, ids[:20], lambda step: min(each + growth * step / 400, 1), compiling=compiling)
+    assert costs <= len(ids) / 0.95
+
+
+def test_a_noisy_machine_loses_little():
+    """Steps that take up to half as long again, of a text in which many drafts are found and few are right."""
+    for seed in range(5):
+        draw = random.Random(seed)
+        ids = draw.choices(range(5), k=3000)
+        noise = [1 + draw.random() / 2 for _ in ids]
+        costs = drafted(ids, ids[:20], lambda step: 0.02 + 0.6 * step / 3000, noise.__getitem__)
+        assert costs <= sum(noise) / 0.93
+
+
+def test_one_slow_step_does_not_end_drafts():
+    """The machine does something else for a while, at any of the first steps: a copy is found in long drafts yet."""
+    text = [*range(200), *range(50, 450)]
+    quick = drafted(text, list(range(500)), lambda step: 0.02)
+    for at in range(40):
+        costs = drafted(text, list(range(500)), lambda step: 0.02, lambda step, at=at: 10.0 if step == at else 1.0)
+        assert costs <= 9 + 1.5 * quick
 
 
 @pytest.mark.parametrize("each, least", [(0.02, 6), (0.2, 2.7), (0.5, 1.5)])
 def test_a_copy_is_found_in_long_drafts(each, least):
     text = list(range(300))
-    assert len(text) / drafted(text, text, each, compiling=10) > least
+    assert len(text) / drafted(text, text, lambda step: each, compiling=10) > least
 
 
 def test_a_drafter_that_is_wrong_stops_and_tries_again_later():
