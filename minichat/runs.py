@@ -218,9 +218,9 @@ def train(
         distributed.stop()
         if first:
             draw(args.out)
-        if args.compile:
+        if args.compile and last:  # nothing where --resume had nothing left to do
             say(f"compiled: {last['graphs']} graphs, {last['recompiled']} of them after the first step")
-        if args.tflops:
+        if args.tflops and last:
             share = last["tokens_per_s"] * useful / args.tflops / 1e12
             say(
                 f"measured: {last['tokens_per_s']:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; peak "

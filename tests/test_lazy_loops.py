@@ -113,7 +113,7 @@ def items(kind, count, seed=0):
 def train(where, kind, steps=6, quantise=False, dtype=torch.bfloat16, log_every=2, **more):
     model = make(where, dtype, layers=1, quantise=quantise, adapt=True)
     method = training.sft() if kind == "sft" else training.dpo()
-    settings = training.Settings(steps=steps, batch_size=2, accumulate=2, lr=1e-3, warmup=0.1, log_every=log_every)
+    settings = training.Settings(steps=steps, batch_size=2, accumulate=2, lr=1e-3, warmup=0.34, log_every=log_every)
     R.reset()
     with tempfile.TemporaryDirectory() as folder, Metrics(pathlib.Path(folder), steps, "test") as metrics:
         training.fit(model, method, items(kind, 11), settings, metrics, **more)

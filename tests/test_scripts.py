@@ -661,6 +661,18 @@ def test_resume_begins_where_there_is_no_checkpoint(done, run, base, files, monk
     assert [line["step"] for line in records("a")] == [1, 2, 3] and not Path("a/replaced-run").exists()
 
 
+def test_resume_after_the_last_step_saves_the_result(done, run, base, files):
+    """Of a run that was killed between its last checkpoint and its result: there are no numbers of it to tell."""
+    flags = ("train.py", "--model", base, "--data", files["sft"], "--out", "a", *SHORT, "--save-every", 3)
+    done(*flags)
+    result = load_file("a/adapter/adapter_model.safetensors")
+    shutil.rmtree("a/adapter")
+    code, _, err = run(*flags, "--resume", "--tflops", 1)
+    assert code == 0 and "resumed after step 3" in err
+    again = load_file("a/adapter/adapter_model.safetensors")
+    assert all(torch.equal(result[name], again[name]) for name in result)
+
+
 def test_dpo_goes_over_a_checkpoint(done, stopped, base, files):
     stopped(2, "train.py", "--model", base, "--data", files["sft"], "--out", "a", *SHORT)
     done("dpo.py", "--model", "a/checkpoints/step-2", "--data", files["pairs"], "--out", "b", *SHORT, *PAIRS)
