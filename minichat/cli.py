@@ -155,8 +155,12 @@ def scheme(args: argparse.Namespace):
     """
     from minichat import int4
 
-    plain = (args.bits, args.group_size, args.asymmetric) == (4, None, False)
-    if not args.int4 and not plain:
+    usual = (args.bits, args.group_size or int4.Scheme.group_size, args.asymmetric) == (
+        4,
+        int4.Scheme.group_size,
+        False,
+    )
+    if not args.int4 and not usual:
         raise BadInput("--bits, --group-size and --asymmetric say how to quantise; add --int4")
     nf4 = args.int4 == "nf4"
     if nf4 and "lora_r" not in args:
