@@ -155,17 +155,14 @@ def scheme(args: argparse.Namespace):
     """
     from minichat import int4
 
-    usual = (args.bits, args.group_size or int4.Scheme.group_size, args.asymmetric) == (
-        4,
-        int4.Scheme.group_size,
-        False,
-    )
+    default = int4.Scheme.group_size
+    usual = args.bits == 4 and args.group_size in (None, default) and not args.asymmetric
     if not args.int4 and not usual:
         raise BadInput("--bits, --group-size and --asymmetric say how to quantise; add --int4")
     nf4 = args.int4 == "nf4"
     if nf4 and "lora_r" not in args:
         raise BadInput("--int4 nf4 is a base to train over, for train.py and dpo.py; here, leave nf4 out")
-    group_size = args.group_size if args.group_size is not None else (int4.NF4 if nf4 else int4.Scheme).group_size
+    group_size = args.group_size if args.group_size is not None else int4.NF4.group_size if nf4 else default
     wanted = int4.Scheme(args.bits, group_size, not args.asymmetric, nf4=nf4)
     return bool(args.int4) and (wanted == int4.Scheme() or wanted)  # True: what is INT4 on disk stays as it is
 
