@@ -33,10 +33,15 @@ NEW_TOKENS = 160  # a worked answer has about 120
 def python(folder: Path, *args: object) -> str:
     """Run a script of the project in a folder; its standard output. What it says on standard error passes through."""
     command = [sys.executable, *map(str, args)]
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(f"error: {' '.join(command)} failed with exit code {done.returncode}")
-    return done.stdout
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            out, _ = child.communicate()
+        except KeyboardInterrupt:  # which it has had too: it saves before it stops
+            child.wait()
+            sys.exit(130)
+    if child.returncode:
+        sys.exit(f"error: {' '.join(command)} failed with exit code {child.returncode}")
+    return out
 
 
 def run(seed: int) -> tuple[dict[str, float], dict[str, str], float]:

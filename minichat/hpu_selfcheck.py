@@ -102,7 +102,7 @@ def operations(where) -> dict:
     from minichat import attention, int4, model
 
     def apart(a, b) -> float:
-        return float((a.cpu().double() - b.double()).norm() / b.double().norm())
+        return float((a.detach().cpu().double() - b.double()).norm() / b.double().norm())
 
     torch.manual_seed(0)
     x, q, k = torch.randn(4, 256), torch.randn(1, 8, 64, 64), torch.randn(1, 2, 64, 64)

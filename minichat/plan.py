@@ -54,7 +54,7 @@ class Plan:
             f"{self.weights / 1e6:,.1f} M weights, {self.trained / 1e6:,.1f} M of them train; "
             f"{self.flops_per_token / 1e9:.1f} GFLOP per token; a micro-batch of {self.tokens:,} tokens "
             f"holds {self.peak / GIB:.2f} GiB ({parts})"
-            + (f"; computed again: {again}" if again else "")
+            f"; computed again: {again or 'nothing'}"
             + (f"; moments on the host: {self.host / GIB:.2f} GiB" if self.host else "")
         )
 

@@ -226,7 +226,8 @@ def train(
                 f"measured: {last['tokens_per_s']:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; peak "
                 f"{device.peak_memory_gib(model.device):.2f} GiB, planned {planned.peak / plan.GIB:.2f}"
             )
-        say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
+        if args.emulate != "meta":  # which has kept nothing
+            say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
 
 
 def begin(args: argparse.Namespace, what: str, resumes: bool, bad: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from minichat import data, device, distributed, lora, losses, optim
 from minichat.checkpoint import Checkpoints, Stopped
@@ -120,7 +121,8 @@ def reference_logps(model: nn.Module, method: Method, pairs: Sequence[Pair], set
     """The log-probs of the pairs' answers, (n, 2), under the model as it is now, without its adapter."""
     where = model.device
     found = torch.empty(len(pairs), 2)
-    for rows in data.by_length(data.lengths(pairs), settings.batch_size):
+    batches = list(data.by_length(data.lengths(pairs), settings.batch_size))
+    for rows in tqdm(batches, desc="reference", disable=None):  # None: no bar where nobody watches
         indices = [i for row in rows for i in row]
         batch = method.batch(_full([[pairs[i]] for i in indices], settings, where), device.padding(where))
         with lora.disabled(model) if lora.adapted(model) else nullcontext():
