@@ -6,12 +6,14 @@ Nothing is probed when this module is imported; Gaudi's bridge is imported only 
 import ctypes
 import functools
 import importlib.util
+import itertools
 import math
 import mmap
 import os
 import re
 import resource
 import sys
+import types
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -128,13 +130,21 @@ def compiler(device: torch.device, backend: str = "inductor") -> Callable[[Calla
     return functools.partial(compiled_for_lengths, backend=backend)
 
 
+_copies = itertools.count()
+
+
 def compiled_for_lengths(function: Callable, backend: str = "inductor") -> Callable:
     """A function, of tensors and maybe a module before them, compiled once for all lengths.
 
     Those are T of numbers (…, T, D) and all sizes of integers. No other size is free: where all are, a T that happens
     to be D at first is taken for D ever after.
+
+    Each call compiles a copy, of another name. torch counts the graphs of one piece of code, in the whole process, and
+    stops at 8; and sizes that it has seen differ in code of one name are free from then on.
     """
-    whole = torch.compile(function, backend=backend, fullgraph=True)  # never a part of it in silence
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
+    copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    whole = torch.compile(copy, backend=backend, fullgraph=True)  # never a part of it in silence
 
     def run(*args):
         for x in args:

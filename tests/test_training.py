@@ -386,7 +386,7 @@ tracer_warns = pytest.mark.filterwarnings(
 
 @pytest.fixture
 def compiler():
-    """Forgets what other tests have compiled: torch keeps 8 graphs of a function."""
+    """Lets go of what the test has compiled."""
     yield
     torch._dynamo.reset()
 
