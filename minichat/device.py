@@ -5,7 +5,6 @@ Nothing is probed when this module is imported; Gaudi's bridge is imported only 
 
 import ctypes
 import functools
-import importlib.util
 import itertools
 import math
 import mmap
@@ -221,12 +220,22 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor |
     return fused.FusedSDPA.apply(q, k, v, mask, 0.0, mask is None, None, "None", True)
 
 
-@functools.cache
-def one_kernel(function: Callable, device: torch.device) -> Callable | None:
-    """`function`, attention by torch's flex_attention, compiled; None where that is no kernel with a backward pass: off
-    CUDA, and where torch or Triton is not as it has to be. As compiled_for_lengths takes it."""
-    there = importlib.util.find_spec("torch.nn.attention.flex_attention") and importlib.util.find_spec("triton")
-    return compiled_for_lengths(function) if device.type == "cuda" and there else None
+def one_kernel(function: Callable, device: torch.device, trial: Callable[[Callable], None]) -> Callable | None:
+    """`function`, attention by torch's flex_attention, compiled (as compiled_for_lengths takes it).
+
+    None where that is no kernel with a backward pass: off CUDA, on cards before Ampere, and where trial(compiled) fails
+    (no Triton, no C compiler, another torch, too little shared memory), which it says on stderr.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    compiled = compiled_for_lengths(function)
+    try:
+        trial(compiled)
+    except Exception as error:  # each is another kind of error
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        print(f"minichat: warning: packed rows go document by document, which is slower: {why}", file=sys.stderr)
+        return None
+    return compiled
 
 
 def generator(device: torch.device, seed: int | None = None) -> torch.Generator:
