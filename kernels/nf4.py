@@ -8,6 +8,8 @@ K, the largest magnitude in it as a scale:
 The functions of a kernel (int4_reference.py says which), without zero-points. For decoding, INT4 is what is fast.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,13 +38,19 @@ def unpack(packed: Packed) -> tuple[Tensor, Tensor, None]:
     return torch.stack([packed.codes & 15, packed.codes >> 4], dim=-1).flatten(1), packed.scale, None
 
 
+@functools.cache  # a copy from the host at every matmul would cost its time, and could not be part of a CUDA graph
+@torch.inference_mode(False)
+def pairs_of_bytes(device: torch.device) -> Tensor:
+    """(256, 2) float32: the two values that each byte of codes stands for."""
+    values = torch.tensor(VALUES)
+    return torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=-1).to(device)
+
+
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The weight, (N, K): computed in fp32 and rounded once to `dtype`."""
     shape, where = (packed.out_features, packed.in_features), packed.codes.device
     weight = torch.empty(shape, dtype=dtype, device=where)
-    values = torch.tensor(VALUES)
-    pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=-1)  # (256, 2), what a byte stands for
-    pairs = pairs.to(where, non_blocking=True)
+    pairs = pairs_of_bytes(where)
     for rows in reference.chunks(*shape):
         found = pairs.index_select(0, packed.codes[rows].flatten().to(torch.int32))  # (n * K / 2, 2)
         groups = found.view(-1, shape[1] // packed.group_size, packed.group_size)

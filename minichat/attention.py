@@ -1,5 +1,6 @@
 """Sliding-window, grouped-query attention. What a query sees follows from positions alone."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -115,7 +116,9 @@ class Documents:
         """As the function of this name, with B = 1."""
         # float32's blocks do not fit a card's shared memory, and its products take no smaller head
         fits = q.dtype != torch.float32 and q.shape[3] >= 16
-        kernel = one_kernel(_flex, q.device) if fits and self._several() else None
+        kernel = (
+            _one_kernel(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3]) if fits and self._several() else None
+        )
         return self._each(q, k, v) if kernel is None else self.flex(q, k, v, kernel)
 
     def _several(self) -> bool:
@@ -204,6 +207,24 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, own: Tensor, head: Tensor, until: Ten
     T = q.shape[2]
     mask = BlockMask((T, T), *blocks, (FLEX_BLOCK, FLEX_BLOCK), seen)
     return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@functools.cache
+def _one_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int) -> Callable | None:
+    """What Documents.flex takes there for heads like these, and for no others: each have their graphs; or None."""
+
+    def trial(kernel: Callable) -> None:
+        # a forward and a backward pass, whatever is going on around it: inference, or gradient checkpointing, whose
+        # hooks would compute a block again for what is saved here
+        keep = lambda x: x  # noqa: E731
+        with torch.inference_mode(False), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, keep):
+            q, k, v = (
+                torch.zeros(1, n, 2, size, device=device, dtype=dtype, requires_grad=True)
+                for n in (heads, kv_heads, kv_heads)
+            )
+            Documents([(1,), (1,)], None, device).flex(q, k, v, kernel).sum().backward()
+
+    return one_kernel(_flex, device, trial)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, view: View | Documents | None) -> Tensor:

@@ -5,13 +5,14 @@ Nothing is probed when this module is imported; Gaudi's bridge is imported only 
 
 import ctypes
 import functools
-import importlib.util
+import itertools
 import math
 import mmap
 import os
 import re
 import resource
 import sys
+import types
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
@@ -128,13 +129,21 @@ def compiler(device: torch.device, backend: str = "inductor") -> Callable[[Calla
     return functools.partial(compiled_for_lengths, backend=backend)
 
 
+_copies = itertools.count()
+
+
 def compiled_for_lengths(function: Callable, backend: str = "inductor") -> Callable:
     """A function, of tensors and maybe a module before them, compiled once for all lengths.
 
     Those are T of numbers (…, T, D) and all sizes of integers. No other size is free: where all are, a T that happens
     to be D at first is taken for D ever after.
+
+    Each call compiles a copy, of another name. torch counts the graphs of one piece of code, in the whole process, and
+    stops at 8; and sizes that it has seen differ in code of one name are free from then on.
     """
-    whole = torch.compile(function, backend=backend, fullgraph=True)  # never a part of it in silence
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_copies)}")
+    copy = types.FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    whole = torch.compile(copy, backend=backend, fullgraph=True)  # never a part of it in silence
 
     def run(*args):
         for x in args:
@@ -211,12 +220,22 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor |
     return fused.FusedSDPA.apply(q, k, v, mask, 0.0, mask is None, None, "None", True)
 
 
-@functools.cache
-def one_kernel(function: Callable, device: torch.device) -> Callable | None:
-    """`function`, attention by torch's flex_attention, compiled; None where that is no kernel with a backward pass: off
-    CUDA, and where torch or Triton is not as it has to be. As compiled_for_lengths takes it."""
-    there = importlib.util.find_spec("torch.nn.attention.flex_attention") and importlib.util.find_spec("triton")
-    return compiled_for_lengths(function) if device.type == "cuda" and there else None
+def one_kernel(function: Callable, device: torch.device, trial: Callable[[Callable], None]) -> Callable | None:
+    """`function`, attention by torch's flex_attention, compiled (as compiled_for_lengths takes it).
+
+    None where that is no kernel with a backward pass: off CUDA, on cards before Ampere, and where trial(compiled) fails
+    (no Triton, no C compiler, another torch, too little shared memory), which it says on stderr.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    compiled = compiled_for_lengths(function)
+    try:
+        trial(compiled)
+    except Exception as error:  # each is another kind of error
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        print(f"minichat: warning: packed rows go document by document, which is slower: {why}", file=sys.stderr)
+        return None
+    return compiled
 
 
 def generator(device: torch.device, seed: int | None = None) -> torch.Generator:

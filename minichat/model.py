@@ -202,6 +202,15 @@ class Attention(nn.Module):
         )
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, view: View | None, cache) -> Tensor:
+        """What the queries take of the values, those in the cache too: (B, T, H, Hd)."""
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, KvH, S, Hd)
+        return attention(q, k, v, view).transpose(1, 2)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
+        return self.o_proj(self.mix(*self.heads(x, cos, sin), view, cache).flatten(2))
+
 
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202, eq. 6)."""
@@ -247,10 +256,11 @@ class Block(nn.Module):
         return _kept(self._mlp, x, again=self.again == "mlp")
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
-        q, k, v = self._before(x, cos, sin)
-        if cache is not None:
-            k, v = cache.update(self.self_attn.layer, k, v)  # (B, KvH, S, Hd)
-        y = attention(q, k, v, view).transpose(1, 2).contiguous()  # (B, T, H, Hd)
+        return x + self.self_attn(self.input_layernorm(x), cos, sin, view, cache)
+
+    def _in_parts(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
+        """_attention, in parts that can be compiled and one that cannot."""
+        y = self.self_attn.mix(*self._before(x, cos, sin), view, cache).contiguous()
         # what is compiled asks of a view what it is a view of, which differs from row to row: this is none
         return self._after(x, torch.ops.aten._unsafe_view(y, (*y.shape[:2], -1)))
 
@@ -279,6 +289,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.compiled = False
 
     def compute_again(self, *names: str) -> None:
         """What backward computes again, a name of AGAIN for each of the first blocks, or one for all of them; "" for
@@ -291,10 +302,13 @@ class Decoder(nn.Module):
         """Run the blocks' parts as compiled(part), each one function for all blocks (device.compiler has such).
 
         Attention itself stays as it is: it goes document by document, and another list of lengths is not to be another
-        program. So does what gradient checkpointing computes again: it calls what is compiled.
+        program. So does what gradient checkpointing computes again: it calls what is compiled. Nothing calls
+        `self_attn` as a whole then: hooks on it do not fire.
         """
         parts = {name: compiled(getattr(Block, name)) for name in COMPILED}
+        self.compiled = True
         for block in self.layers:
+            block._attention = block._in_parts
             for name, part in parts.items():
                 setattr(block, name, MethodType(part, block))
 

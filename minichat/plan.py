@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from minichat import data, optim, training, weights
 from minichat.errors import BadInput
 from minichat.int4 import Scheme
-from minichat.kernels import int4_reference
+from minichat.kernels import int4_reference, nf4
 from minichat.model import Config, Mistral, without_weights
 
 GIB = 1 << 30
@@ -77,6 +77,7 @@ def make(
     The model is on the CPU as far as torch can tell, so that attention keeps no scores; INT4 is the reference kernel's.
     """
     again = [*again] * config.num_hidden_layers if len(again) == 1 else again
+    nf4.pairs_of_bytes(torch.device("cpu"))  # kept for good: made under the mode it would be a fake
     with FakeTensorMode(allow_non_fake_inputs=True), Live() as live, _a_chunk_of_each_weight():
         model = _imagined(config, scheme, dtype)
         live.part = "adapters"

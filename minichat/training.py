@@ -202,7 +202,7 @@ def fit(
             graphs = device.graphs_compiled() - compiled
             expected = expected if last else graphs
             last = {"step": done, **method.summary(means), "lr": lr, "tokens": tokens, "tokens_per_s": round(rate, 1)}
-            if graphs:
+            if model.model.compiled:  # attention compiles for itself too
                 last |= {"graphs": graphs, "recompiled": graphs - expected}
             if evaluates:
                 found = evaluate(model, method, eval_items, settings)

@@ -92,10 +92,10 @@ def test_the_compiled_call_skips_what_it_may(one_kernel):
 
 
 def test_only_cuda_takes_it_and_only_where_it_helps(monkeypatch):
-    assert device.one_kernel(attention._flex, CPU) is None
+    assert attention._one_kernel(CPU, torch.bfloat16, 2, 2, 16) is None
     calls = []
     instead = lambda q, *_: calls.append(q.shape[2]) or q  # noqa: E731
-    monkeypatch.setattr(attention, "one_kernel", lambda function, where: instead)
+    monkeypatch.setattr(attention, "_one_kernel", lambda *kind: instead)
     for lengths, dtype in [([(9, 4)], torch.bfloat16), ([(9,), (4,)], torch.float32)]:
         x = torch.randn(1, 2, 13, 16, dtype=dtype)
         Documents(lengths, None, CPU).attention(x, x, x)
@@ -106,18 +106,77 @@ def test_only_cuda_takes_it_and_only_where_it_helps(monkeypatch):
     assert calls == [2 * FLEX_BLOCK] * 3
 
 
+@pytest.mark.parametrize("capability, tried", [((7, 5), 0), ((8, 0), 1)])
+def test_what_fails_when_it_is_tried_is_not_taken(capability, tried, monkeypatch, capsys):
+    seen = []
+
+    def trial(kernel):
+        seen.append(kernel)
+        raise RuntimeError("no C compiler\nwas found")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: capability)
+    assert device.one_kernel(attention._flex, torch.device("cuda"), trial) is None
+    said = capsys.readouterr().err.splitlines()
+    assert len(seen) == len(said) == tried and all(line.endswith("slower: no C compiler was found") for line in said)
+    assert device.one_kernel(attention._flex, torch.device("cuda"), lambda kernel: None) is not None or not tried
+
+
+@pytest.mark.parametrize("around", ["checkpoint", "inference", "no_grad"])
+def test_the_trial_is_a_step_whatever_is_going_on(around, monkeypatch):
+    """And the block that it happens in is computed again only as often as without it."""
+    runs, tried = [], []
+
+    class Kernel(torch.autograd.Function):  # for _flex, which has no gradient on the CPU
+        forward = staticmethod(lambda ctx, q, *more: ctx.save_for_backward(q) or q * 2)
+        backward = staticmethod(lambda ctx, y: (tried.append(ctx.saved_tensors[0].shape) or y * 2, *[None] * 13))
+
+    def one_kernel(function, where, trial):
+        kernel = lambda *args: Kernel.apply(*args)  # noqa: E731
+        trial(kernel)
+        return kernel
+
+    def block(x):
+        runs.append(1)
+        return Documents([(3,), (2,)], None, CPU).attention(x, x, x)
+
+    monkeypatch.setattr(attention, "one_kernel", one_kernel)
+    attention._one_kernel.cache_clear()
+    x = torch.ones(1, 2, 5, 16, dtype=torch.bfloat16, requires_grad=True)
+    try:
+        if around == "checkpoint":
+            torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
+            assert torch.equal(x.grad, torch.full_like(x, 2))
+        else:
+            with torch.inference_mode() if around == "inference" else torch.no_grad():
+                block(x.detach())
+    finally:
+        attention._one_kernel.cache_clear()
+    steps = 2 if around == "checkpoint" else 1
+    assert len(runs) == len(tried) == steps
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("first", ["with a gradient", "without"])
 @pytest.mark.parametrize("window", [None, 100])
-def test_on_a_card_values_and_gradients_are_those_of_document_after_document(window):
-    card, made = torch.device("cuda"), device.graphs_compiled()
+def test_on_a_card_values_and_gradients_are_those_of_document_after_document(window, first):
+    """first: what it is called for at first; DPO asks for the reference's values before any gradient."""
+    card = torch.device("cuda", torch.cuda.current_device())
+    attention._one_kernel.cache_clear()  # compiled anew: it is tried with a gradient, and that graph is the step's
+    made = device.graphs_compiled()
+    assert attention._one_kernel(card, torch.bfloat16, 8, 2, 128) is not None
     for lengths in ([(200, 50, 300), (30,), (77, 13)], [(1, 1), (9,)], [(300, 9, 4), (600,)]):
         documents, T = Documents(lengths, window, card), sum(map(sum, lengths))
         q, k, v = (torch.randn(1, heads, T, 128, device=card, dtype=torch.bfloat16) for heads in (8, 2, 2))
         found, weights = [], torch.randn_like(q)
+        if first == "without":
+            with torch.no_grad():
+                values = documents.attention(q, k, v)
         for function in (documents.attention, documents._each):
             inputs = [x.clone().requires_grad_() for x in (q, k, v)]
             y = function(*inputs)
             found.append([y, *torch.autograd.grad((y * weights).sum(), inputs)])
+        if first == "without":
+            found = [[values, *found[0]], [found[1][0], *found[1]]]
         for one, other in zip(*found):
             assert (one - other).float().norm() < 1e-2 * other.float().norm()
-    assert device.graphs_compiled() <= made + 1
+    assert device.graphs_compiled() == made + (2 if first == "without" else 1)

@@ -235,3 +235,23 @@ def test_no_compiler_is_one_line():
         device.compiler(torch.device("cpu"), fails)
     with pytest.raises(BadInput, match="--compile is for cpu and cuda"):
         device.compiler(torch.device("hpu"))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*autograd.function.Function.* should not be instantiated", "ignore:The .grad attribute of a Tensor"
+)
+def test_each_model_of_a_process_is_compiled_for_itself():
+    """Of more widths than torch keeps graphs of one function; no width is taken for one that varies."""
+    made = device.graphs_compiled()
+    for n in range(1, 10):
+        D = 16 * n
+        model = make(hidden_size=D, num_hidden_layers=1).train()
+        ids = torch.randint(0, 97, (1, D), generator=torch.Generator().manual_seed(n))  # as many as it is wide
+        expected = model(ids)
+        model.model.compile_blocks(device.compiler(CPU, "eager"))
+        for T in (D, 5, D + 7):
+            found = model(ids[:, :T])
+            found.sum().backward()
+        torch.testing.assert_close(model(ids), expected)
+        assert device.graphs_compiled() - made == 3 * n + 1  # the blocks' parts; the compiler is tried with one
+    torch._dynamo.reset()

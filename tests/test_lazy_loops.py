@@ -147,6 +147,23 @@ found(told=told)"""
         assert told["same"], told["both"]
 
 
+@pytest.mark.slow
+def test_nf4_copies_its_table_once():
+    """Else it copies to the device what INT4 does: no linear has a constant of its own."""
+    found = looped(
+        TRAIN
+        + """
+plain, told = int4.quantize, []
+for nf4 in (False, True):
+    int4.quantize = lambda model: plain(model, nf4=nf4)
+    train(hpu, "sft", quantise=True)
+    told.append(sum(R.uploads.values()))
+found(told=told)"""
+    )
+    of_int4, of_nf4 = found["told"]
+    assert of_nf4 == of_int4 + 1, found["report"]
+
+
 @pytest.mark.parametrize("newer", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_int4_goes_through_the_bridges_operation(newer, symmetric):

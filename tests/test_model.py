@@ -217,6 +217,23 @@ def test_long_prefill_needs_no_quadratic_memory():
     assert max(made) <= QUERY_BLOCK * (window + QUERY_BLOCK) * 2
 
 
+def test_hooks_on_attention_see_all_of_it():
+    """In training, in gradient checkpointing too, and in decoding: what goes in and what the block adds."""
+    model, seen = make().train(), []
+    for block in model.model.layers:
+        block.self_attn.register_forward_hook(lambda module, given, y: seen.append((module, given, y)))
+    for again in ("", "attention", "block"):
+        seen.clear()
+        model.model.compute_again(again)
+        model(torch.arange(5)[None]).sum().backward()
+        assert len(seen) >= 2
+    module, given, y = seen[0]
+    assert y.shape == (1, 5, 48) and torch.equal(module(*given), y)
+    seen.clear()
+    generate(model.eval(), [[1, 2, 3]], 4, stop_ids=())
+    assert len(seen) >= 2 * 4 and {y.shape[1] for *_, y in seen} >= {1, 3}
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     model = make().train()
     ids = torch.randint(0, 97, (2, 20))

@@ -81,6 +81,15 @@ def test_a_step_is_that_over_the_float_weights_it_stands_for(again):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
+def test_its_table_is_made_once_and_outside_inference_mode():
+    nf4.pairs_of_bytes.cache_clear()
+    module, x = Int4Linear.from_weight(normal(5, 64), NF4), torch.randn(2, 64)
+    with torch.inference_mode():
+        module(x)
+    module(x.requires_grad_()).sum().backward()
+    assert nf4.pairs_of_bytes.cache_info().misses == 1 and not nf4.pairs_of_bytes(x.device).is_inference()
+
+
 def test_casts_and_devices_leave_it_as_it_is():
     module = Int4Linear.from_weight(normal(5, 64), NF4)
     for changed in (copy.deepcopy(module).to(torch.bfloat16), module.half()):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from minichat import lora, optim, store, training
+from minichat import cli, int4, lora, optim, store, training
 
 ROOT = Path(__file__).parent.parent
 QKVO = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -157,6 +157,8 @@ def test_a_recipe_names_its_model_and_data(name, monkeypatch):
     assert (args.model, args.data) == (card["model"], [card["data"]])
     assert args.eval_data == ([card["eval_data"]] if "eval_data" in card else None)
     assert args.steps == card.get("steps") and (args.steps or args.epochs == card["epochs"])
+    if card.get("int4") == "nf4":  # groups that the small model above has no widths for
+        assert cli.scheme(args) == int4.Scheme(group_size=64, nf4=True)
     assert args.save_every > 0 and args.dtype in ("bfloat16", None)
 
 
