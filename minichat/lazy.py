@@ -607,9 +607,11 @@ def relatives(graphs: Sequence[Graph]) -> list[tuple[Graph, Graph, str]]:
         ranked = []
         for other in graphs[max(0, i - 32) : i]:
             if (share := likeness(other, graph)) >= 0.5:
-                ranked.append((round(share, 1), *difference(other, graph), other))
+                ranked.append((share, *difference(other, graph), other))
         if ranked:
-            _, _, words, nearest = max(ranked, key=lambda x: x[:2])  # of those as like: the longest beginning
+            most = max(share for share, *_ in ranked)
+            like = [x for x in ranked if x[0] > most - 0.15]
+            _, _, words, nearest = max(like, key=lambda x: x[1])  # of those about as like: the longest beginning
             found.append((nearest, graph, words))
     return found
 
