@@ -15,6 +15,8 @@ from minichat.cache import KVCache
 from minichat.kernels import cpu
 
 MOST_TOKENS = 32  # of prompts in one call: bounds its scratch, and 128 are 1 % faster
+FEW = 1 << 22  # weights times tokens of a block that one thread has done before others could help: where cores are busy
+# with something else, each of a block's nine meetings may wait for a thread that does not run
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -81,7 +83,8 @@ class CpuStep:
             layer.keys, layer.values = cache.k[i].data_ptr(), cache.v[i].data_ptr()
             if cache.scales:
                 layer.key_scales, layer.value_scales = (scale.data_ptr() for scale in cache.scales[i])
-        linear = blocks.layers[0].mlp.down_proj
+        linears = [blocks.layers[0].get_submodule(name) for name in LINEARS]
+        self.weights, linear = sum(x.in_features * x.out_features for x in linears), linears[-1]
         self.step = _Step(
             layers=layers, count=len(layers), D=config.hidden_size, H=config.num_attention_heads,
             KvH=config.num_key_value_heads, Hd=config.head_dim, inner=config.intermediate_size, slots=cache.slots,
@@ -93,7 +96,7 @@ class CpuStep:
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
         """(B, T) ids and positions -> (B, T, D), after the last norm; the cache holds them then."""
         step, cache, library = self.step, self.cache, cpu.library()
-        threads = cpu.threads()
+        threads = cpu.threads() if self.weights * ids.numel() > FEW else 1
         step.B, step.T = ids.shape
         step.seen, step.column = min(cache.slots, cache.filled + step.T), cache.filled % cache.slots
         x = self.model.model.embed_tokens(ids).float().contiguous()
