@@ -493,7 +493,7 @@ def write(name: str, found: dict) -> None:
             continue
     card = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     content = {
-        "command": f"python {shlex.join(sys.argv)}",
+        "command": "python " + shlex.join("DIR" if Path(x).is_absolute() else x for x in sys.argv),  # no machine's own
         "commit": commit(),
         "machine": f"{card}{cpu()}, {os.cpu_count()} cores",
         "versions": versions,
