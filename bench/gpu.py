@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,7 @@ SHAPES = {
     "head": (VOCAB, D),
 }
 GROUP = 128
+SHARED = Path("/dev/shm/minichat-bench")  # what `load` reads
 PARTS = {  # seconds that each may take
     "limits": 50,
     "kernels": 120,
@@ -258,7 +260,7 @@ def load() -> dict:
     from minichat.cli import BASE
     from minichat.tokenizer import Tokenizer
 
-    folder = Path("/dev/shm/minichat-bench")
+    folder = SHARED
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -356,13 +358,17 @@ def part(name: str, args: argparse.Namespace, known: dict) -> dict:
     """What one part printed, or why it failed."""
     command = [sys.executable, __file__, "--part", name, "--known", json.dumps(known)]
     command += ["--dry"] * DRY + (["--gpt-fast", str(args.gpt_fast)] if args.gpt_fast else [])
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PARTS[name])
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took more than {PARTS[name]} s"}
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, **pipes) as child:
+        try:
+            out, err = child.communicate(timeout=PARTS[name])
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # what it started holds memory of the card too
+            shutil.rmtree(SHARED, ignore_errors=True)
+            return {"failed": f"took more than {PARTS[name]} s"}
+    if child.returncode:
+        return {"failed": (err.strip().splitlines() or [f"exit code {child.returncode}"])[-1]}
+    return json.loads(out.splitlines()[-1])
 
 
 def run_part(name: str, args: argparse.Namespace) -> dict:
