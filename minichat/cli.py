@@ -121,11 +121,6 @@ def model_flags(parser: Parser, default: str) -> "argparse._ArgumentGroup":
 _emulated: list[argparse.Namespace] = []  # the flags, once --emulate is on
 
 
-def emulated() -> bool:
-    """Whether this is an HPU on a CPU, whose speed says nothing."""
-    return bool(_emulated)
-
-
 def emulate(args: argparse.Namespace) -> None:
     """--emulate: make the device hpu, for this process; run() ends with the report. Before anything is computed."""
     if args.emulate is None:
