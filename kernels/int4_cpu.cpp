@@ -47,7 +47,7 @@ constexpr int64_t L2_BYTES = 1 << 20;   // activations that should stay in L2 wh
 constexpr int PREFETCH = 512;       // words ahead, 2 KiB, over all streams
 
 enum Kind { FP32, FP16, BF16, INT8 };  // INT8: of the KV cache alone
-enum Isa { PORTABLE, AVX2, AVX512 };
+enum Isa { PORTABLE, AVX2, AVX512, AVX512_BF16 };  // the last differs in step_cpu.cpp alone
 
 struct Weight {
     const uint32_t* words;
@@ -136,6 +136,7 @@ struct Lanes {
     typedef int32_t I __attribute__((vector_size(4 * W)));
     typedef uint32_t U __attribute__((vector_size(4 * W)));
     typedef uint16_t H __attribute__((vector_size(2 * W)));
+    typedef uint16_t P __attribute__((vector_size(4 * W)));
     typedef uint8_t B __attribute__((vector_size(W)));
     typedef int8_t S __attribute__((vector_size(W)));
 };
@@ -580,7 +581,7 @@ INSTANCE(avx512, TARGET_AVX512, 16)
 
 const Instance& instance(int isa) {
 #if defined(__x86_64__) && !defined(PORTABLE_ONLY)
-    if (isa == AVX512) return avx512;
+    if (isa >= AVX512) return avx512;
     if (isa == AVX2) return avx2;
 #endif
     (void)isa;
@@ -597,7 +598,7 @@ int best_isa() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-        return AVX512;
+        return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
     return PORTABLE;

@@ -11,6 +11,7 @@
 // Each output is computed whole by one thread in an order that depends on neither their number nor the batch, so that
 // a token has the same logits alone and among others: a draft checked in one batch is what greedy decoding would say.
 #include <cmath>
+#include <type_traits>
 #include <utility>
 
 #include "int4_cpu.cpp"
@@ -43,7 +44,8 @@ struct Step {
     uint8_t* scratch;
 };
 
-constexpr int HEADS = 4;  // of those that share a key head, handled together: each key and value is read once for them
+constexpr int HEADS = 4;   // of those that share a key head, handled together: each key and value is read once for them
+constexpr int BLOCK = 32;  // keys whose values are used in turn for all of Hd, from the nearest cache
 
 // ---- scratch: everything that a step writes, in one piece of memory that is there already ---------------------------
 struct Scratch {
@@ -70,7 +72,7 @@ struct Scratch {
         up = reinterpret_cast<float*>(take(4 * M * s.inner));
         bytes = std::max(bytes, after);
         chunks = take(M * widest / CHUNK * static_cast<int64_t>(sizeof(Chunk<2>)));
-        stride = (s.slots + ROWS - 1) / ROWS * ROWS;
+        stride = (s.slots + BLOCK - 1) / BLOCK * BLOCK;
         scores = reinterpret_cast<float*>(take(4 * threads * HEADS * stride));
         queries = reinterpret_cast<float*>(take(4 * threads * HEADS * s.Hd));
         mixed = reinterpret_cast<float*>(take(4 * threads * HEADS * s.Hd));
@@ -150,22 +152,199 @@ INLINE void keep(void* cache, float* scales, int64_t slot, const float* values, 
                 inverse > 0 ? static_cast<int8_t>(std::nearbyint(values[i] * inverse)) : int8_t(0);
 }
 
-// ---- attention ------------------------------------------------------------------------------------------------------
+// ---- attention: two ways to multiply 2 W numbers of a cache ----------------------------------------------------------
 // The scores of 4 heads lie side by side: (keys, 4), W / 4 keys to a vector.
-constexpr int AHEAD = 8;   // keys or values that are asked for before they are used
-constexpr int BLOCK = 16;  // values that are used in turn for all of Hd, from the nearest cache
+constexpr int AHEAD = 32;  // keys or values that are asked for before they are used
 
+// Lane i: what `of` makes of the lanes of i's head.
+template <int W, class V, class Of>
+INLINE V by_head(V v, Of of) {
+    for (int half = W / 2; half >= HEADS; half /= 2) {
+        typename Lanes<W>::I other;
+        for (int i = 0; i < W; i++) other[i] = (i + half) % W;
+        v = of(v, pick(v, v, other));
+    }
+    return v;
+}
+
+// To the nearest bf16, as floats. Ties to even.
+template <int W>
+INLINE typename Lanes<W>::F to_bf16(typename Lanes<W>::F v) {
+    const auto bits = (typename Lanes<W>::U)v;
+    return (typename Lanes<W>::F)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
+}
+
+// As floats; those of bf16 are two halves of words, the even ones and the odd ones.
+template <int WIDTH, Kind CACHE>
+struct Floats {
+    static constexpr int W = WIDTH, TOGETHER = 1;  // keys whose values are mixed at once
+    static constexpr Kind KIND = CACHE;
+    using F = typename Lanes<W>::F;
+    using U = typename Lanes<W>::U;
+    using Number = float;  // of a query
+    using Word = float;    // the weights of TOGETHER keys
+    using Sum = F;
+    struct Numbers {
+        F part[2];
+    };
+
+    static constexpr int place(int i) { return KIND == BF16 ? i % 2 * W + i / 2 : i; }  // of 2 W numbers in `part`
+
+    // (Hd) as `load` has them; returns what sums of products with them are to be multiplied with
+    static INLINE float query(const float* q, int64_t Hd, Number* out) {
+        for (int64_t d = 0; d < Hd; d += 2 * W)
+            for (int i = 0; i < 2 * W; i++) out[d + place(i)] = q[d + i];
+        return 1;
+    }
+
+    static INLINE Numbers load(const void* cache, int64_t at) {
+        if (KIND != BF16) return {load_floats<W>(cache, KIND, at), load_floats<W>(cache, KIND, at + W)};
+        const U words = ::load<U>(static_cast<const uint16_t*>(cache) + at);
+        return {(F)(words << 16), (F)(words & 0xffff0000)};
+    }
+
+    static INLINE Numbers load(const Number* query) { return {::load<F>(query), ::load<F>(query + W)}; }
+
+    static INLINE Sum multiply(Sum sum, const Numbers& a, const Numbers& b) {
+        sum += a.part[0] * b.part[0];
+        sum += a.part[1] * b.part[1];
+        return sum;
+    }
+
+    static INLINE F rounded(F weights) { return weights; }
+
+    static INLINE const Word* words(const float* weights, Word*, float*) { return weights; }
+
+    static INLINE Numbers values(const void* cache, int64_t at, int64_t) { return load(cache, at); }
+
+    static INLINE Sum mix(Sum sum, F value, Word weight) { return sum + value * weight; }
+
+    static INLINE F total(Sum sum, float) { return sum; }
+};
+
+// As 16-bit numbers, of which one instruction multiplies neighbours and adds them up: bf16 with queries and weights in
+// bf16, as attention in bf16 has them on any device; bytes with queries and weights of 15 bits, in integers.
+template <int WIDTH, Kind CACHE>
+struct Pairs {
+    static constexpr int W = WIDTH, TOGETHER = 2;
+    static constexpr Kind KIND = CACHE;
+    static constexpr float TOP = 16383;  // 2^14 * 127 * 1,024 of Hd fit into 32 bits
+    using F = typename Lanes<W>::F;
+    using I = typename Lanes<W>::I;
+    using U = typename Lanes<W>::U;
+    using H = typename Lanes<W>::H;
+    using V = typename Lanes<W>::P;
+    using Number = uint16_t;
+    using Word = uint32_t;
+    using Sum = std::conditional_t<KIND == BF16, F, I>;
+    struct Numbers {
+        V part[2];
+    };
+
+    // `values` takes 4 neighbours of one key and of the next in turn, for the first vector and for the second
+    static constexpr int place(int i) { return i / 4 % 2 * W + i / 8 * 4 + i % 4; }
+
+    static INLINE float query(const float* q, int64_t Hd, Number* out) {
+        I most{};  // as integers, magnitudes are in order too, and infinity and NaN are above all others
+        for (int64_t d = 0; d < Hd; d += W) {
+            const I size = ::load<I>(q + d) & 0x7fffffff;
+            most = size > most ? size : most;
+        }
+        int32_t bits = 0;
+        for (int i = 0; i < W; i++) bits = std::max(bits, most[i]);
+        float largest;
+        __builtin_memcpy(&largest, &bits, sizeof largest);
+        const float inverse = largest > 0x1p-100f && bits < 0x7f800000 ? TOP / largest : 0;
+        for (int64_t d = 0; d < Hd; d += W) {
+            const F v = ::load<F>(q + d);
+            const U whole = KIND == BF16 ? (U)to_bf16<W>(v) >> 16 : (U)nearest<W>(v * inverse);
+            store(out + d, __builtin_convertvector(whole, H));
+        }
+        return KIND == BF16 ? 1 : largest / TOP;
+    }
+
+    static INLINE V load(const void* cache, int64_t at) {
+        if (KIND == BF16) return ::load<V>(static_cast<const uint16_t*>(cache) + at);
+        V wide;
+        asm("vpmovsxbw %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const int8_t(*)[2 * W]>(
+            static_cast<const int8_t*>(cache) + at)));
+        return wide;
+    }
+
+    static INLINE V load(const Number* query) { return ::load<V>(query); }
+
+    static INLINE Sum multiply(Sum sum, V a, V b) {
+        if constexpr (W == 16 && KIND == BF16) {
+            asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+        } else if constexpr (W == 16) {
+            asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+        } else {
+            I products;
+            asm("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(a), "x"(b));
+            sum += products;
+        }
+        return sum;
+    }
+
+    static INLINE F rounded(F weights) { return KIND == BF16 ? to_bf16<W>(weights) : weights; }
+
+    // weights (BLOCK, 4) -> (BLOCK / 2, 4) of two keys each, and by head what sums of integers are to be multiplied with
+    static INLINE const Word* words(const float* weights, Word* out, float* scales) {
+        I most{};
+        for (int k = 0; k < BLOCK * HEADS; k += W) {
+            const I size = ::load<I>(weights + k) & 0x7fffffff;
+            most = size > most ? size : most;
+        }
+        most = by_head<W>(most, [](I a, I b) { return a > b ? a : b; });
+        const I usable = ((F)most > 0x1p-100f) & (most < 0x7f800000);
+        const F inverse = usable ? TOP / (F)most : F{};
+        float all[W];
+        store(all, (F)most / TOP);
+        std::copy(all, all + HEADS, scales);
+        I first, second;  // lanes of each two keys in two vectors
+        for (int i = 0; i < W; i++) first[i] = i / HEADS * 2 * HEADS + i % HEADS, second[i] = first[i] + HEADS;
+        for (int k = 0; k < BLOCK * HEADS; k += 2 * W) {
+            const F a = ::load<F>(weights + k), b = ::load<F>(weights + k + W);
+            const F one = pick(a, b, first), other = pick(a, b, second);
+            if (KIND == BF16)
+                store(out + k / 2, (U)one >> 16 | (U)other);
+            else
+                store(out + k / 2, nearest<W>(one * inverse) | nearest<W>(other * inverse) << 16);
+        }
+        return out;
+    }
+
+    static INLINE Numbers values(const void* cache, int64_t at, int64_t next) {
+        V low, high;
+#pragma GCC unroll 32
+        for (int i = 0; i < 2 * W; i++) {
+            low[i] = i / 8 * 8 + i % 8 / 2 + (i % 2 ? 2 * W : 0);
+            high[i] = low[i] + 4;
+        }
+        const V one = load(cache, at), other = load(cache, next);
+        return {pick(one, other, low), pick(one, other, high)};
+    }
+
+    static INLINE Sum mix(Sum sum, V value, Word weights) { return multiply(sum, value, (V)(U{} + weights)); }
+
+    static INLINE F total(Sum sum, float scale) {
+        if constexpr (KIND == BF16) return sum;
+        else return __builtin_convertvector(sum, F) * scale;
+    }
+};
+
+// ---- attention ------------------------------------------------------------------------------------------------------
 template <Kind KIND>
 INLINE void fetch(const void* cache, int64_t at, int64_t count) {
     constexpr int64_t size = KIND == FP32 ? 4 : KIND == BF16 ? 2 : 1;
     const char* bytes = static_cast<const char*>(cache) + at * size;
-    for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(bytes + i, 0, 1);
+    for (int64_t i = 0; i < count * size; i += 64) __builtin_prefetch(bytes + i);
 }
 
 // Lane i: the sum of v[i]'s lanes. Each level adds neighbours of two vectors, one's into the lanes whose number has
 // this level's bit clear, the other's where it is set.
-template <int W, int BIT = 1>
-INLINE typename Lanes<W>::F sums_of(typename Lanes<W>::F (&v)[W]) {
+template <int W, int BIT = 1, class V>
+INLINE V sums_of(V (&v)[W]) {
     typename Lanes<W>::I clear, set;
     for (int i = 0; i < W; i++) clear[i] = (i & ~BIT) + (i & BIT ? W : 0), set[i] = clear[i] | BIT;
 #pragma GCC unroll 8
@@ -173,44 +352,6 @@ INLINE typename Lanes<W>::F sums_of(typename Lanes<W>::F (&v)[W]) {
         v[i] = pick(v[2 * i], v[2 * i + 1], clear) + pick(v[2 * i], v[2 * i + 1], set);
     if constexpr (2 * BIT < W) return sums_of<W, 2 * BIT>(v);
     return v[0];
-}
-
-// Of each head, what `of` makes of the lanes that are its own.
-template <int W, class Of>
-INLINE typename Lanes<W>::F by_head(typename Lanes<W>::F v, Of of) {
-    typename Lanes<W>::F all;
-    for (int h = 0; h < HEADS; h++) {
-        float found = v[h];
-        for (int i = h + HEADS; i < W; i += HEADS) found = of(found, v[i]);
-        for (int i = h; i < W; i += HEADS) all[i] = found;
-    }
-    return all;
-}
-
-// 2 W numbers of a cache, in the order in which they come out fastest: of bf16 the even ones first, then the odd ones.
-template <int W, Kind KIND>
-INLINE void load_two(const void* cache, int64_t at, typename Lanes<W>::F (&two)[2]) {
-    using F = typename Lanes<W>::F;
-    using U = typename Lanes<W>::U;
-    if (KIND == BF16) {
-        const U words = load<U>(static_cast<const uint16_t*>(cache) + at);
-        two[0] = (F)(words << 16), two[1] = (F)(words & 0xffff0000);
-    } else {
-        for (int i = 0; i < 2; i++) two[i] = load_floats<W>(cache, KIND, at + i * W);
-    }
-}
-
-// (Hd) into that order, or out of it
-template <int W, Kind KIND>
-INLINE void arrange(float* x, int64_t Hd, bool back) {
-    for (int64_t d = 0; KIND == BF16 && d < Hd; d += 2 * W) {
-        float two[2 * W];
-        for (int i = 0; i < 2 * W; i++) {
-            const int other = i % 2 * W + i / 2;
-            two[back ? i : other] = x[d + (back ? other : i)];
-        }
-        std::copy(two, two + 2 * W, x + d);
-    }
 }
 
 // Lane i: the number of its key.
@@ -221,40 +362,40 @@ INLINE typename Lanes<W>::F by_key(const float* numbers) {
     return all;
 }
 
-// scores (seen, 4) of 4 heads' queries with one key head's keys, -inf where a key is not seen
-template <int W, Kind KIND>
-INLINE void score(const Step& s, const float* q, const void* keys, int64_t at, const uint8_t* sees,
+// scores (whole blocks of keys, 4) of 4 heads' queries with one key head's keys, times `by`, which has a lane for each
+// head; -inf where a key is not seen
+template <class Of, class F>
+INLINE void score(const Step& s, const typename Of::Number* q, F by, const void* keys, int64_t at, const uint8_t* sees,
                   const float* scales, float* scores) {
-    using F = typename Lanes<W>::F;
-    constexpr int KEYS = W / HEADS;
-    const float root = 1 / __builtin_sqrtf(static_cast<float>(s.Hd));
-    for (int64_t k = 0; k < s.seen; k += KEYS) {
+    constexpr int W = Of::W, KEYS = W / HEADS;
+    for (int64_t k = 0; k < (s.seen + BLOCK - 1) / BLOCK * BLOCK; k += KEYS) {
         int64_t rows[KEYS];
         float of_bytes[KEYS];
 #pragma GCC unroll 4
         for (int i = 0; i < KEYS; i++) {
             const int64_t key = std::min(k + i, s.seen - 1);
             rows[i] = at + key * s.Hd;
-            if (KIND == INT8) of_bytes[i] = scales[key];
-            fetch<KIND>(keys, rows[i] + AHEAD * s.Hd, s.Hd);
+            if (Of::KIND == INT8) of_bytes[i] = scales[key];
+            fetch<Of::KIND>(keys, rows[i] + AHEAD * s.Hd, s.Hd);
         }
         int32_t some = 0, all = 255;
 #pragma GCC unroll 4
         for (int i = 0; i < KEYS; i++) some |= sees[k + i], all &= sees[k + i];
-        F sum[W] = {};
+        typename Of::Sum sum[W] = {};
         for (int64_t d = 0; some && d < s.Hd; d += 2 * W) {
-            F key[KEYS][2];
+            decltype(Of::load(keys, d)) key[KEYS];
 #pragma GCC unroll 4
-            for (int i = 0; i < KEYS; i++) load_two<W, KIND>(keys, rows[i] + d, key[i]);
-#pragma GCC unroll 8
-            for (int p = 0; p < 2 * HEADS; p++) {
-                const F query = load<F>(q + p / 2 * s.Hd + d + p % 2 * W);
+            for (int i = 0; i < KEYS; i++) key[i] = Of::load(keys, rows[i] + d);
 #pragma GCC unroll 4
-                for (int i = 0; i < KEYS; i++) sum[i * HEADS + p / 2] += query * key[i][p % 2];
+            for (int h = 0; h < HEADS; h++) {
+                const auto query = Of::load(q + h * s.Hd + d);
+#pragma GCC unroll 4
+                for (int i = 0; i < KEYS; i++)
+                    sum[i * HEADS + h] = Of::multiply(sum[i * HEADS + h], query, key[i]);
             }
         }
-        F found = sums_of<W>(sum) * root;
-        if (KIND == INT8) found *= by_key<W>(of_bytes);
+        F found = __builtin_convertvector(sums_of<W>(sum), F) * by;
+        if (Of::KIND == INT8) found *= by_key<W>(of_bytes);
         store(scores + k * HEADS, found);
         for (int i = 0; !all && i < KEYS * HEADS; i++)
             if (!sees[k + i / HEADS]) scores[k * HEADS + i] = -__builtin_inff();
@@ -262,51 +403,61 @@ INLINE void score(const Step& s, const float* q, const void* keys, int64_t at, c
 }
 
 // Scores to weights, not yet divided by their sums, which it returns; of bytes, times the scales of the values.
-template <int W, Kind KIND>
-INLINE typename Lanes<W>::F softmax(float* scores, int64_t seen, const float* scales) {
-    using F = typename Lanes<W>::F;
-    constexpr int KEYS = W / HEADS;
+template <class Of>
+INLINE typename Of::F softmax(float* scores, int64_t seen, const float* scales) {
+    constexpr int W = Of::W, KEYS = W / HEADS;
+    using F = typename Of::F;
+    const int64_t end = (seen + BLOCK - 1) / BLOCK * BLOCK;
     F most = load<F>(scores), sums{};
-    for (int64_t k = KEYS; k < seen; k += KEYS) {
+    for (int64_t k = KEYS; k < end; k += KEYS) {
         const F v = load<F>(scores + k * HEADS);
         most = v > most ? v : most;
     }
-    most = by_head<W>(most, [](float a, float b) { return std::max(a, b); });
-    for (int64_t k = 0; k < seen; k += KEYS) {
-        const F e = exponential<W>(load<F>(scores + k * HEADS) - most);
+    most = by_head<W>(most, [](F a, F b) { return a > b ? a : b; });
+    for (int64_t k = 0; k < end; k += KEYS) {
+        const F e = Of::rounded(exponential<W>(load<F>(scores + k * HEADS) - most));
         sums += e;
         store(scores + k * HEADS, e);
     }
-    for (int64_t k = 0; KIND == INT8 && k < seen; k += KEYS) {
+    for (int64_t k = 0; Of::KIND == INT8 && k < seen; k += KEYS) {
         float of_bytes[KEYS];
         for (int i = 0; i < KEYS; i++) of_bytes[i] = scales[std::min(k + i, seen - 1)];
         store(scores + k * HEADS, load<F>(scores + k * HEADS) * by_key<W>(of_bytes));
     }
-    return by_head<W>(sums, [](float a, float b) { return a + b; });
+    return by_head<W>(sums, [](F a, F b) { return a + b; });
 }
 
 // out (4, Hd) += weights (seen, 4) @ values (seen, Hd): some keys at a time, and of those 2 P vectors at a time
-template <int W, Kind KIND, int P>
+template <class Of, int P>
 INLINE void mix(const Step& s, const float* weights, const void* values, int64_t at, float* out) {
-    using F = typename Lanes<W>::F;
+    using F = typename Of::F;
+    constexpr int W = Of::W;
     for (int64_t first = 0; first < s.seen; first += BLOCK) {
         const int64_t last = std::min(first + BLOCK, s.seen);
+        typename Of::Word room[BLOCK * HEADS / 2];
+        float scales[HEADS] = {};
+        const auto* words = Of::words(weights + first * HEADS, room, scales);
+        int64_t ahead = at + (first + AHEAD) * s.Hd;  // in order, though the values are not read in order
         for (int64_t d = 0; d < s.Hd; d += P * 2 * W) {
-            F sum[HEADS][P][2] = {};
-            for (int64_t k = first; k < last; k++) {
-                if (d == 0) fetch<KIND>(values, at + (k + AHEAD) * s.Hd, s.Hd);
+            typename Of::Sum sum[HEADS][P][2] = {};
+            for (int64_t k = first; k < last; k += Of::TOGETHER) {
+                const int64_t row = at + k * s.Hd + d, next = k + 1 < last ? row + s.Hd : row;
+                fetch<Of::KIND>(values, ahead, Of::TOGETHER * P * 2 * W);
+                ahead += Of::TOGETHER * P * 2 * W;
 #pragma GCC unroll 4
                 for (int i = 0; i < P; i++) {
-                    F value[2];
-                    load_two<W, KIND>(values, at + k * s.Hd + d + i * 2 * W, value);
+                    const auto value = Of::values(values, row + i * 2 * W, next + i * 2 * W);
 #pragma GCC unroll 8
-                    for (int p = 0; p < 2 * HEADS; p++) sum[p / 2][i][p % 2] += value[p % 2] * weights[k * HEADS + p / 2];
+                    for (int p = 0; p < 2 * HEADS; p++)
+                        sum[p / 2][i][p % 2] = Of::mix(sum[p / 2][i][p % 2], value.part[p % 2],
+                                                       words[(k - first) / Of::TOGETHER * HEADS + p / 2]);
                 }
             }
 #pragma GCC unroll 16
             for (int p = 0; p < HEADS * P * 2; p++) {
-                float* to = out + p / (2 * P) * s.Hd + d + p % (2 * P) * W;
-                store(to, load<F>(to) + sum[p / (2 * P)][p / 2 % P][p % 2]);
+                const int h = p / (2 * P);
+                float* to = out + h * s.Hd + d + p % (2 * P) * W;
+                store(to, load<F>(to) + Of::total(sum[h][p / 2 % P][p % 2], scales[h]));
             }
         }
     }
@@ -314,13 +465,17 @@ INLINE void mix(const Step& s, const float* weights, const void* values, int64_t
 
 // One key head of one sequence: its tokens one after the other, each into the cache and then over what is there. So a
 // ring as long as the window is right: a token replaces the one that falls out of its own window.
-template <int W, Kind KIND>
+template <class Of>
 INLINE void attend(const Step& s, const Layer& layer, const Scratch& mine, int64_t b, int64_t head, int64_t thread) {
+    constexpr int W = Of::W;
+    constexpr Kind KIND = Of::KIND;
     const int64_t G = s.H / s.KvH, row = (s.H + 2 * s.KvH) * s.Hd, base = (b * s.KvH + head) * s.slots;
     const int64_t first = base * s.Hd;
     const float *key_scales = layer.key_scales + base, *value_scales = layer.value_scales + base;
+    const float root = 1 / __builtin_sqrtf(static_cast<float>(s.Hd));
     float* scores = mine.scores + thread * HEADS * mine.stride;
-    float *queries = mine.queries + thread * HEADS * s.Hd, *mixed = mine.mixed + thread * HEADS * s.Hd;
+    auto* queries = reinterpret_cast<typename Of::Number*>(mine.queries + thread * HEADS * s.Hd);
+    float* mixed = mine.mixed + thread * HEADS * s.Hd;
     for (int64_t t = 0; t < s.T; t++) {
         const int64_t m = b * s.T + t, slot = base + (s.column + t) % s.slots;
         const float *cos = s.cos + m * s.Hd, *sin = s.sin + m * s.Hd;
@@ -333,22 +488,22 @@ INLINE void attend(const Step& s, const Layer& layer, const Scratch& mine, int64
         keep<KIND>(layer.values, layer.value_scales, slot, v, s.Hd);
         for (int64_t g = 0; g < G; g += HEADS) {
             const int64_t heads = std::min<int64_t>(HEADS, G - g);
+            typename Of::F by;
             for (int64_t h = 0; h < HEADS; h++) {  // of fewer heads the last one again
-                const float* one = q + std::min(g + h, G - 1) * s.Hd;
-                arrange<W, KIND>(std::copy(one, one + s.Hd, queries + h * s.Hd) - s.Hd, s.Hd, false);
+                const float scale = Of::query(q + std::min(g + h, G - 1) * s.Hd, s.Hd, queries + h * s.Hd);
+                for (int64_t i = h; i < W; i += HEADS) by[i] = root * scale;
             }
-            score<W, KIND>(s, queries, layer.keys, first, mine.sees + m * mine.stride, key_scales, scores);
-            const auto sums = softmax<W, KIND>(scores, s.seen, value_scales);
+            score<Of>(s, queries, by, layer.keys, first, mine.sees + m * mine.stride, key_scales, scores);
+            const auto sums = softmax<Of>(scores, s.seen, value_scales);
             std::fill(mixed, mixed + HEADS * s.Hd, 0.0f);
             if (W == 16 && s.Hd % (4 * W) == 0)  // as many sums as there are registers for
-                mix<W, KIND, 2>(s, scores, layer.values, first, mixed);
+                mix<Of, 2>(s, scores, layer.values, first, mixed);
             else
-                mix<W, KIND, 1>(s, scores, layer.values, first, mixed);
+                mix<Of, 1>(s, scores, layer.values, first, mixed);
             float* out = mine.attended + (m * s.H + head * G + g) * s.Hd;
-            for (int64_t h = 0; h < heads; h++) {
-                arrange<W, KIND>(mixed + h * s.Hd, s.Hd, true);
-                for (int64_t i = 0; i < s.Hd; i++) out[h * s.Hd + i] = mixed[h * s.Hd + i] / sums[h];
-            }
+            for (int64_t h = 0; h < heads; h++)
+                for (int64_t i = 0; i < s.Hd; i++)
+                    out[h * s.Hd + i] = mixed[h * s.Hd + i / (2 * W) * 2 * W + Of::place(i % (2 * W))] / sums[h];
         }
     }
 }
@@ -360,6 +515,7 @@ struct Thread {
     const Instance& does;
     const Scratch mine;
     const int64_t thread, threads, M;
+    const bool pairs;  // whether there is an instruction for those of bf16
 
     INLINE void meet() const {
         if (threads > 1) GOMP_barrier();
@@ -428,15 +584,22 @@ struct Thread {
         }
     }
 
+    template <class Of>
     INLINE void attention(const Layer& layer) const {
         const Range part(s.B * s.KvH, thread, threads);
         for (int64_t i = part.first; i < part.last; i++)
-            if (s.cache_kind == FP32)
-                attend<W, FP32>(s, layer, mine, i / s.KvH, i % s.KvH, thread);
-            else if (s.cache_kind == INT8)
-                attend<W, INT8>(s, layer, mine, i / s.KvH, i % s.KvH, thread);
-            else
-                attend<W, BF16>(s, layer, mine, i / s.KvH, i % s.KvH, thread);
+            attend<Of>(s, layer, mine, i / s.KvH, i % s.KvH, thread);
+    }
+
+    INLINE void attention(const Layer& layer) const {
+        if (s.cache_kind == FP32) return attention<Floats<W, FP32>>(layer);
+        if constexpr (W == 16)
+            if (s.cache_kind == BF16 && pairs) return attention<Pairs<W, BF16>>(layer);
+        if (s.cache_kind == BF16) return attention<Floats<W, BF16>>(layer);
+        if constexpr (W > 4)
+            attention<Pairs<W, INT8>>(layer);
+        else
+            attention<Floats<W, INT8>>(layer);
     }
 
     INLINE void block(const Layer& layer) const {
@@ -478,13 +641,14 @@ template <int W>
 INLINE void one_thread(const Step& s, int isa) {
     const int threads = omp_get_num_threads ? omp_get_num_threads() : 1;
     const int thread = omp_get_thread_num ? omp_get_thread_num() : 0;
-    Thread<W>{s, instance(isa), Scratch(s, threads), thread, threads, s.B * s.T}.run();
+    Thread<W>{s, instance(isa), Scratch(s, threads), thread, threads, s.B * s.T, isa == AVX512_BF16}.run();
 }
 
 void step_portable(void* s, int64_t, int64_t) { one_thread<4>(*static_cast<Step*>(s), PORTABLE); }
 #if defined(__x86_64__) && !defined(PORTABLE_ONLY)
 TARGET_AVX2 void step_avx2(void* s, int64_t, int64_t) { one_thread<8>(*static_cast<Step*>(s), AVX2); }
 TARGET_AVX512 void step_avx512(void* s, int64_t, int64_t) { one_thread<16>(*static_cast<Step*>(s), AVX512); }
+TARGET_AVX512 void step_bf16(void* s, int64_t, int64_t) { one_thread<16>(*static_cast<Step*>(s), AVX512_BF16); }
 #endif
 
 }  // namespace
@@ -499,6 +663,7 @@ void step(Step* s, int isa, int threads) {
 #if defined(__x86_64__) && !defined(PORTABLE_ONLY)
     if (isa == AVX2) work = step_avx2;
     if (isa == AVX512) work = step_avx512;
+    if (isa == AVX512_BF16) work = step_bf16;
 #endif
     parallel(work, s, threads, GOMP_barrier ? threads : 1);
 }

@@ -10,7 +10,7 @@ from minichat.cache import KVCache
 from minichat.kernels import cpu
 from minichat.model import Config, Mistral
 
-SETS = ["portable", "avx2", "avx512"]
+SETS = ["portable", "avx2", "avx512", "avx512_bf16"]
 #          H KvH Hd  inner window exact symmetric
 SHAPES = [(8, 2, 32, 192, None, True, True), (8, 4, 64, 320, 6, True, False), (6, 1, 32, 96, 4, False, True)]
 SHAPES += [(4, 4, 128, 160, 9, True, True), (10, 2, 32, 64, None, True, True)]
@@ -59,6 +59,39 @@ def test_the_step_is_the_model(isa, shape, dtype):
         assert (found - expected)[real].norm() / expected[real].norm() < limit
         assert torch.equal(plain.positions, ours.positions) and plain.filled == ours.filled
         column += T
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@torch.inference_mode()
+def test_attention_adds_little_to_what_its_cache_rounds(isa, dtype):
+    """Products of 16-bit numbers, over many keys: what they round is small beside what the cache has rounded."""
+    model = make(8, 2, 64)
+    ids, positions = torch.randint(0, 97, (2, 400)), torch.arange(400).repeat(2, 1)
+    ours, rounded, whole = (caches(model, 2, 400, each)[0] for each in (dtype, dtype, torch.float32))
+
+    def read(forward):
+        return torch.cat([forward(ids[:, i : i + 20], positions[:, i : i + 20]) for i in range(0, 400, 20)], dim=1)
+
+    exact = model.model(ids, positions, whole)
+    plain, found = read(lambda part, at: model.model(part, at, rounded)), read(fused.CpuStep(model, ours))
+    assert (found - exact).norm() < 1.3 * (plain - exact).norm()
+    assert (found - plain).norm() < 0.8 * (plain - exact).norm()
+
+
+@torch.inference_mode()
+def test_a_key_or_value_that_is_no_number_is_not_lost(isa):
+    """Whatever the cache's dtype, and though integers have no NaN."""
+    model = make(8, 2, 64)
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        for which in (0, 1):
+            cache = caches(model, 1, 80, dtype)[0]
+            step = fused.CpuStep(model, cache)
+            step(torch.zeros(1, 70, dtype=torch.int64), torch.arange(70)[None])
+            if dtype == torch.int8:
+                cache.scales[1][which][0, 1, 3] = torch.nan
+            else:
+                (cache.k, cache.v)[which][1][0, 1, 3, 5] = torch.nan
+            assert step(torch.tensor([[1]]), torch.tensor([[70]])).isnan().all()
 
 
 @torch.inference_mode()
