@@ -53,6 +53,13 @@ class KVCache:
         self.filled += T
         return self.positions[:, : self._new] if seen is None else seen
 
+    def clear(self) -> None:
+        """Forget everything. Zeros, and not only positions: what is not seen is still multiplied, by 0."""
+        for tensor in (*self.k, *self.v, *(scale for pair in self.scales for scale in pair), self.columns):
+            tensor.zero_()
+        self.positions.fill_(-1)
+        self.filled = 0
+
     def rewind(self, count: int) -> None:
         """Forget the last `count` columns, at most `spare`: what they replaced was out of every window."""
         if count:

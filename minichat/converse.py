@@ -31,6 +31,7 @@ class Talk:
         self.stop_ids, stop = chat.stops(self.template, tokenizer)
         self.stop = [*(args.stop or ()), *stop]
         self.kv = torch.int8 if args.kv_cache == "int8" else None
+        self.kept = generation.Kept()
         say(describe(model))
 
     def ids(self, messages: list[dict]) -> list[int]:
@@ -55,7 +56,7 @@ class Talk:
         new = self.args.max_new_tokens
         return generation.answer(
             self.model, self.tokenizer, prompts, new, self.sampling, self.stop, self.stop_ids, on_text,
-            self.args.speculate, self.kv,
+            self.args.speculate, self.kv, self.kept,
         )  # fmt: skip
 
     def answers(self, prompts: list[tuple[str, str]]) -> None:

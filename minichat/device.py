@@ -109,6 +109,11 @@ def graph(function: Callable, device: torch.device, generators: Sequence[torch.G
     return function
 
 
+def keeps_graphs(device: torch.device) -> bool:
+    """Whether graph() takes long enough there to keep what it has recorded; an HPU's bridge keeps it itself."""
+    return device.type == "cuda"
+
+
 def compiler(device: torch.device, backend: str = "inductor") -> Callable[[Callable], Callable]:
     """What compiles a function of a module and tensors (…, T, D) there: once for every T.
 
@@ -242,8 +247,13 @@ def generator(device: torch.device, seed: int | None = None) -> torch.Generator:
     """A source of random numbers for tensors there; without a seed another one every time."""
     # Gaudi's bridge has none of its own: it draws the seeds of its kernels from one of the host's
     made = torch.Generator("cpu" if device.type == "hpu" else device)
-    made.seed() if seed is None else made.manual_seed(seed)
+    set_seed(made, seed)
     return made
+
+
+def set_seed(generator: torch.Generator, seed: int | None) -> None:
+    """Begin again with a generator: from `seed`, or without one from another number every time."""
+    generator.seed() if seed is None else generator.manual_seed(seed)
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -337,9 +347,13 @@ def cache_slots(columns: int, rows: int, device: torch.device) -> int:
     """The slots of a cache for so many columns of a batch.
 
     On an HPU, where each size is compiled anew, 4,096 in all rows together at the least: to read them costs a 7B in
-    bf16 four per cent of reading its weights.
+    bf16 four per cent of reading its weights. On CUDA whole pieces of 1,024 in all rows, 64 at the least, which a
+    longer answer may fit into, and with it the graph that an earlier one left.
     """
-    return bucket(max(columns, 4096 // rows), device) if device.type == "hpu" else bucket(columns, device)
+    if device.type == "cuda":
+        piece = max(64, 1024 // rows)
+        return -(-columns // piece) * piece
+    return bucket(max(columns, 4096 // rows), device) if device.type == "hpu" else columns
 
 
 def reach(filled: int, columns: int, slots: int, device: torch.device) -> int:

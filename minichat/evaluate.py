@@ -55,11 +55,13 @@ def exact_match(model, tokenizer, records: Sequence[dict], template: str, batch_
     stop_ids, stop = chat.stops(template, tokenizer)
     prompts = [chat.prompt_ids([{"role": "user", "content": r["question"]}], template, tokenizer) for r in records]
     texts = [""] * len(records)
-    by_length = sorted(range(len(records)), key=lambda i: len(prompts[i]))
+    by_length, kept = sorted(range(len(records)), key=lambda i: len(prompts[i])), generation.Kept()
     for start in range(0, len(by_length), batch_size):
         rows = by_length[start : start + batch_size]
         batch = [prompts[i] for i in rows]
-        answers = generation.answer(model, tokenizer, batch, max_new_tokens, generation.Sampling(), stop, stop_ids)
+        answers = generation.answer(
+            model, tokenizer, batch, max_new_tokens, generation.Sampling(), stop, stop_ids, kept=kept
+        )
         for i, answer in zip(rows, answers):
             texts[i] = answer.text
     right = [last_number(text) == last_number(str(r["answer"])) for text, r in zip(texts, records)]

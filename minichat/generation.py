@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,76 @@ def prefill(model: nn.Module, forward: fused.Forward, ids: Tensor, positions: Te
     return model.lm_head(last)
 
 
+class _Loop:
+    """What decodes one token a row after the other. All that changes from token to token is on the device, and in
+    place, so that a step is one and the same graph."""
+
+    def __init__(
+        self, model: nn.Module, rows: int, slots: int, dtype: torch.dtype, sampling: Sampling, stop_ids: Sequence[int]
+    ):
+        where, vocab = model.device, model.config.vocab_size
+        self.model, self.sampling, self.stop_ids = model, sampling, tuple(stop_ids)
+        self.cache = KVCache(model.config, rows, slots, where, dtype)
+        self.forward = fused.decoder(model, self.cache)
+        self.token = torch.zeros(rows, dtype=torch.int64, device=where)
+        self.position = torch.zeros(rows, 1, dtype=torch.int64, device=where)
+        self.done = torch.zeros(rows, dtype=torch.bool, device=where)
+        self.stops = torch.tensor(self.stop_ids, dtype=torch.int64).to(where)
+        penalised = sampling.repetition_penalty != 1
+        self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=where) if penalised else None
+        self.generator = device.generator(where, sampling.seed)
+        self.readings = Readings(device.tokens_between_syncs(where), rows, where, torch.int64)
+        self.step = device.graph(self._advance, where, [self.generator])
+        self.fresh = True
+
+    def serves(self, model: nn.Module, rows: int, slots: int, dtype: torch.dtype, *how) -> bool:
+        """Whether one that is made with these would do the same."""
+        sampling, stop_ids = how
+        mine = self.model, len(self.token), self.cache.k[0].dtype, replace(self.sampling, seed=None), self.stop_ids
+        slots = min(slots, model.config.sliding_window or slots)
+        same = mine == (model, rows, dtype, replace(sampling, seed=None), tuple(stop_ids))
+        return same and self.cache.slots >= slots
+
+    def begin(self, prompts: Sequence[Sequence[int]], last: Tensor, sampling: Sampling) -> None:
+        """last: (B, 1) positions of the prompts' last tokens, on the host."""
+        if not self.fresh:
+            self.cache.clear()
+            self.readings.clear()
+            self.token.zero_()
+            device.set_seed(self.generator, sampling.seed)
+        self.fresh = False
+        self.position.copy_(last + 1)
+        self.done.copy_(last[:, 0] < 0)  # rows that are padding
+        if self.seen is not None:
+            seen = torch.zeros(self.seen.shape, dtype=torch.bool)
+            for row, prompt in enumerate(prompts):
+                seen[row, list(prompt)] = True
+            self.seen.copy_(seen)
+
+    def choose(self, logits: Tensor) -> None:
+        """The next token of each row from (B, V) logits; a row that is done repeats its last."""
+        token = sample(logits, self.sampling, self.seen, self.generator)
+        self.token.copy_(torch.where(self.done, self.token, token))
+        if self.seen is not None:
+            self.seen.scatter_(1, self.token[:, None], True)
+        if len(self.stops):
+            self.done.logical_or_((self.token[:, None] == self.stops).any(dim=1))
+        self.readings.put(self.token)
+
+    def _advance(self) -> None:
+        logits = self.model.lm_head(self.forward(self.token[:, None], self.position))[:, -1]
+        self.position.add_(1)
+        self.choose(logits)
+
+
+@dataclass
+class Kept:
+    """What decode() records on CUDA, a cache and the graph of a step, kept from one call to the next. The model has to
+    stay as it is in between: a graph goes on with the weights of which it was recorded."""
+
+    loop: _Loop | None = None
+
+
 @torch.inference_mode()
 def decode(
     model: nn.Module,
@@ -111,12 +181,13 @@ def decode(
     stop_ids: Sequence[int],
     speculate: bool = False,
     kv: torch.dtype | None = None,
+    kept: Kept | None = None,
 ) -> Iterator[list[int]]:
     """Each step's tokens, one a row, until all rows have stopped or max_new_tokens are there.
 
     A row that has drawn one of stop_ids repeats it from then on. The host reads tokens_between_syncs() steps at a time,
     and so they come. speculate: see speculation.py; of one prompt, greedy. kv: the cache's dtype, int8 too; None is
-    bf16 beside INT4 weights on the CPU, and else the model's.
+    bf16 beside INT4 weights on the CPU, and else the model's. kept: what an earlier call has left, and this one leaves.
     """
     check(model, prompts, max_new_tokens)
     if kv not in (None, torch.float32, torch.bfloat16, torch.int8):
@@ -131,60 +202,57 @@ def decode(
     padded = device.padding(where) is not None or any(len(prompt) < ids.shape[1] for prompt in prompts)
     B, columns = len(ids), max(map(len, prompts)) + max_new_tokens  # padding needs no slot: the ring drops it first
     dtype = kv or (torch.bfloat16 if fused.fits(model) else model.dtype)
-    spare = speculation.SIZES[-1] if speculate else 0
-    cache = KVCache(model.config, B, device.cache_slots(columns, B, where), where, dtype, spare)
-    forward = fused.decoder(model, cache)
+    slots = device.cache_slots(columns, B, where)
     if speculate:
+        cache = KVCache(model.config, B, slots, where, dtype, spare=speculation.SIZES[-1])
+        forward = fused.decoder(model, cache)
         drafter = speculation.Drafter(list(prompts[0]))
         logits = prefill(model, forward, ids, positions, padded)
         yield from _with_drafts(model, forward, cache, logits, drafter, max_new_tokens, set(stop_ids))
         return
 
-    # all that changes from token to token: on the device, and in place, so that a step is one and the same graph
-    token = torch.zeros(B, dtype=torch.int64, device=where)
-    position = (positions[:, -1:] + 1).to(where)
-    done = (positions[:, -1] < 0).to(where)  # rows that are padding
-    stops = torch.tensor(list(stop_ids), dtype=torch.int64).to(where)
-    generator = device.generator(where, sampling.seed)
-    seen = None
-    if sampling.repetition_penalty != 1:
-        seen = torch.zeros(B, model.config.vocab_size, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            seen[row, list(prompt)] = True
-        seen = seen.to(where)
-    every = device.tokens_between_syncs(where)
-    readings = Readings(every, B, where, torch.int64)
+    loop, how = None, (model, B, columns, dtype, sampling, stop_ids)
+    if kept is not None and device.keeps_graphs(where):
+        loop, kept.loop = kept.loop, None  # no other call may have it meanwhile
+    if loop is None or not loop.serves(*how):
+        loop = None  # before the next one takes as much memory
+        loop = _Loop(model, B, slots, dtype, sampling, stop_ids)
+    try:
+        yield from _tokens(loop, prompts, ids, positions, padded, max_new_tokens, sampling)
+    finally:
+        if kept is not None and device.keeps_graphs(where):
+            kept.loop = loop
 
-    def choose(logits: Tensor) -> None:
-        token.copy_(torch.where(done, token, sample(logits, sampling, seen, generator)))
-        if seen is not None:
-            seen.scatter_(1, token[:, None], True)
-        if len(stops):
-            done.logical_or_((token[:, None] == stops).any(dim=1))
-        readings.put(token)
 
-    def advance() -> None:
-        logits = model.lm_head(forward(token[:, None], position))[:, -1]
-        position.add_(1)
-        choose(logits)
-
-    step = device.graph(advance, where, [generator])
+def _tokens(
+    loop: _Loop,
+    prompts: Sequence[Sequence[int]],
+    ids: Tensor,
+    positions: Tensor,
+    padded: bool,
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> Iterator[list[int]]:
+    """decode()'s, of its loop; ids, positions and padded are prefill's."""
+    model, where = loop.model, loop.model.device
+    loop.begin(prompts, positions[:, -1:], sampling)
     device.mark_step(where)  # what is above is a graph of its own, not a part of the first
-    choose(prefill(model, forward, ids, positions, padded))
+    loop.choose(prefill(model, loop.forward, ids, positions, padded))
+    every = device.tokens_between_syncs(where)
     stopped, unread, fetched = [False] * len(prompts), 0, deque()
     for made in range(1, max_new_tokens + 1):
         if made > 1:
-            step()
+            loop.step()
         device.mark_step(where)
         unread += 1
         if unread == every or made == max_new_tokens:
-            fetched.append(readings.fetch(unread))
+            fetched.append(loop.readings.fetch(unread))
             unread = 0
         while len(fetched) > (device.reads_behind(where) if 1 < made < max_new_tokens else 0):
             for tokens in fetched.popleft()():
                 tokens = tokens[: len(prompts)]
                 yield tokens
-                stopped = [was or one in stop_ids for was, one in zip(stopped, tokens)]
+                stopped = [was or one in loop.stop_ids for was, one in zip(stopped, tokens)]
                 if all(stopped):
                     return
 
@@ -358,6 +426,7 @@ def answer(
     on_text: Callable[[int, str], None] | None = None,
     speculate: bool = False,
     kv: torch.dtype | None = None,
+    kept: Kept | None = None,
 ) -> list[Answer]:
     """Texts for prompts, streamed: on_text(row, piece) gets whole characters, never a part of a stop string."""
     stops = all_stops(tokenizer, stop, stop_ids)
@@ -373,7 +442,7 @@ def answer(
         if piece and on_text:
             on_text(row, piece)
 
-    steps = decode(model, prompts, max_new_tokens, sampling, stops, speculate, kv)
+    steps = decode(model, prompts, max_new_tokens, sampling, stops, speculate, kv, kept)
     for tokens in steps:
         now = time.perf_counter() - start
         first = now if first is None else first

@@ -103,12 +103,18 @@ class Harness(TemplateLM):
                     seed=1234,
                 )
                 prompts = {i: self.tok_encode(requests[i].args[0])[-room:] for i in group}
-                near = sorted(group, key=lambda i: len(prompts[i]))
+                near, kept = sorted(group, key=lambda i: len(prompts[i])), generation.Kept()
                 for start in range(0, len(near), self.batch_size):
                     rows = near[start : start + self.batch_size]
                     batch = [prompts[i] for i in rows]
                     answers = generation.answer(
-                        self.model, self.words, batch, given["max_gen_toks"], sampling, [s for s in stop if s]
+                        self.model,
+                        self.words,
+                        batch,
+                        given["max_gen_toks"],
+                        sampling,
+                        [s for s in stop if s],
+                        kept=kept,
                     )
                     for i, answer in zip(rows, answers):
                         texts[i] = answer.text

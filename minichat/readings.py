@@ -20,6 +20,11 @@ class Readings:
         self.next = torch.zeros(1, device=where, dtype=torch.int64)  # the row that is written next
         self.first = 0  # of those that the host has not read
 
+    def clear(self) -> None:
+        """Forget what was not read."""
+        self.next.zero_()
+        self.first = 0
+
     def put(self, row: Tensor) -> None:
         """Write a (width,) row."""
         self.rows.index_copy_(0, self.next, row[None].to(self.rows.dtype))

@@ -8,7 +8,7 @@ from helpers import make
 
 from minichat.cli import BASE
 from minichat.errors import BadInput
-from minichat.generation import Sampling, answer, decode, generate, restrict, sample
+from minichat.generation import Kept, Sampling, answer, decode, generate, restrict, sample
 from minichat.tokenizer import Tokenizer
 
 
@@ -217,3 +217,49 @@ def test_no_host_synchronisation_between_reads(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, lambda self, *a, plain=plain: (reads.append(1), plain(self, *a))[1])
     steps = list(decode(make(), [[1, 2], [3]], 32, Sampling(temperature=1.0, seed=0), stop_ids=[96]))
     assert len(reads) <= 32 // 8 and len(steps) >= 8
+
+
+@pytest.fixture
+def keeping(monkeypatch):
+    monkeypatch.setattr("minichat.device.keeps_graphs", lambda where: True)  # as on CUDA
+
+
+def test_a_kept_loop_says_what_a_new_one_says(keeping):
+    """Other lengths, seeds, penalties, caches and numbers of rows; and one that was left in the middle."""
+    model, kept, used = make(), Kept(), []
+    hows = [
+        (Sampling(), None), (Sampling(temperature=1.0, seed=3), None), (Sampling(temperature=1.0, seed=4), None),
+        (Sampling(repetition_penalty=1.4), None), (Sampling(repetition_penalty=1.4), torch.int8),
+    ]  # fmt: skip
+    for sampling, kv in hows:
+        for prompts in ([[5, 6, 7] * 9], [[8, 9]], [[5], [6, 7, 8]], [[1, 2, 3, 4, 5, 6, 7], [2]]):
+            next(decode(model, prompts, 20, sampling, (3,), kv=kv, kept=kept))
+            expected = list(decode(model, prompts, 20, sampling, (3,), kv=kv))
+            assert list(decode(model, prompts, 20, sampling, (3,), kv=kv, kept=kept)) == expected
+            used.append(kept.loop)
+    # shorter prompts, other seeds: the same one; other rows, sampling or dtypes: another
+    assert [a is b for a, b in zip(used, used[1:])][:5] == [True, False, True, False, True]
+    assert len(set(map(id, used))) == 10 and used[12].cache.k[0].dtype != used[16].cache.k[0].dtype
+
+
+def test_a_kept_loop_is_one_answers_alone(keeping):
+    """Two at once, and stop ids and a model that are others."""
+    model, kept = make(), Kept()
+    list(decode(model, [[4, 5]], 10, Sampling(), (), kept=kept))
+    first, second = (decode(model, [[id, 5, 6]], 10, Sampling(), (), kept=kept) for id in (5, 9))
+    both = list(zip(first, second))
+    for row, id in enumerate((5, 9)):
+        assert [tokens[row] for tokens in both] == list(decode(model, [[id, 5, 6]], 10, Sampling(), ()))
+    stop = generate(model, [[5, 5, 6]], 10, stop_ids=())[0][4]
+    found = list(decode(model, [[5, 5, 6]], 10, Sampling(), (stop,), kept=kept))
+    assert len(found) <= 5 and found[-1] == [stop]
+    other = make(seed=1)
+    assert list(decode(other, [[5, 6]], 9, Sampling(), (), kept=kept)) == list(
+        decode(other, [[5, 6]], 9, Sampling(), ())
+    )
+
+
+def test_nothing_is_kept_where_a_graph_costs_nothing():
+    kept = Kept()
+    list(decode(make(), [[4, 5]], 10, Sampling(), (), kept=kept))
+    assert kept.loop is None
