@@ -305,6 +305,15 @@ def test_greedy_tokens_of_the_step_are_the_models(quantised, monkeypatch):
 
 
 @on_a_card
+def test_a_kept_graph_says_what_a_new_one_says():
+    model, kept = make(True, window=64), generation.Kept()
+    for sampling in (generation.Sampling(), generation.Sampling(1.0, seed=1), generation.Sampling(1.0, seed=2)):
+        for prompt in ([5, 6, 7] * 30, [8, 9]):
+            expected = list(generation.decode(model, [prompt], 100, sampling, ()))
+            assert list(generation.decode(model, [prompt], 100, sampling, (), kept=kept)) == expected
+
+
+@on_a_card
 def test_the_triton_kernel_serves_this_card():
     assert kernels.for_device(DEVICE) is int4_triton
 
