@@ -34,7 +34,15 @@
 #include <cstdint>
 #include <vector>
 
-#define INLINE inline __attribute__((always_inline))
+#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+#define X86
+#if defined(__clang__) || __GNUC__ >= 10
+#define X86_BF16  // older ones do not know it
+#endif
+#endif
+
+#define ALWAYS_INLINE __attribute__((always_inline))  // or a vector might go through memory, or not, by another target
+#define INLINE inline ALWAYS_INLINE
 #define TARGET_AVX2 __attribute__((target("avx2,fma")))
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")))
 
@@ -169,7 +177,7 @@ INLINE V pick(V a, V b, I index) {
 // W 16-bit numbers, or signed bytes, as 32-bit ones; compilers write each of these instructions as four, or as dozens.
 template <int W>
 INLINE typename Lanes<W>::U widen(const uint16_t* p) {
-#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+#ifdef X86
     if constexpr (W > 4) {
         typename Lanes<W>::U wide;
         asm("vpmovzxwd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const uint16_t(*)[W]>(p)));
@@ -181,7 +189,7 @@ INLINE typename Lanes<W>::U widen(const uint16_t* p) {
 
 template <int W>
 INLINE typename Lanes<W>::I widen(const int8_t* p) {
-#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+#ifdef X86
     if constexpr (W > 4) {
         typename Lanes<W>::I wide;
         asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const int8_t(*)[W]>(p)));
@@ -286,7 +294,7 @@ struct Dot {
     }
 };
 
-#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+#ifdef X86
 template <int BITS>
 struct Dot<16, BITS> {
     using I = Lanes<16>::I;
@@ -574,13 +582,13 @@ struct Instance {
         quantize_##NAME};
 
 INSTANCE(portable, , 4)
-#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+#ifdef X86
 INSTANCE(avx2, TARGET_AVX2, 8)
 INSTANCE(avx512, TARGET_AVX512, 16)
 #endif
 
 const Instance& instance(int isa) {
-#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+#ifdef X86
     if (isa >= AVX512) return avx512;
     if (isa == AVX2) return avx2;
 #endif
@@ -594,11 +602,15 @@ const Instance& instance(int isa) {
 extern "C" {
 
 int best_isa() {
-#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+#ifdef X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-        return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
+#ifdef X86_BF16
+        if (__builtin_cpu_supports("avx512bf16")) return AVX512_BF16;
+#endif
+        return AVX512;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
     return PORTABLE;

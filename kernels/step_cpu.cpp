@@ -222,6 +222,7 @@ struct Floats {
     static INLINE F total(Sum sum, float) { return sum; }
 };
 
+#ifdef X86
 // As 16-bit numbers, of which one instruction multiplies neighbours and adds them up: bf16 with queries and weights in
 // bf16, as attention in bf16 has them on any device; bytes with queries and weights of 15 bits, in integers.
 template <int WIDTH, Kind CACHE>
@@ -295,7 +296,7 @@ struct Pairs {
             const I size = ::load<I>(weights + k) & 0x7fffffff;
             most = size > most ? size : most;
         }
-        most = by_head<W>(most, [](I a, I b) { return a > b ? a : b; });
+        most = by_head<W>(most, [](I a, I b) ALWAYS_INLINE { return a > b ? a : b; });
         const I usable = ((F)most > 0x1p-100f) & (most < 0x7f800000);
         const F inverse = usable ? TOP / (F)most : F{};
         float all[W];
@@ -332,6 +333,7 @@ struct Pairs {
         else return __builtin_convertvector(sum, F) * scale;
     }
 };
+#endif
 
 // ---- attention ------------------------------------------------------------------------------------------------------
 template <Kind KIND>
@@ -354,28 +356,31 @@ INLINE V sums_of(V (&v)[W]) {
     return v[0];
 }
 
-// Lane i: the number of its key.
+// Lane i: the number of its key, of those from k on; of keys past the last the last one's.
 template <int W>
-INLINE typename Lanes<W>::F by_key(const float* numbers) {
-    typename Lanes<W>::F all;
-    for (int i = 0; i < W; i++) all[i] = numbers[i / HEADS];
-    return all;
+INLINE typename Lanes<W>::F by_key(const float* numbers, int64_t k, int64_t count) {
+    constexpr int KEYS = W / HEADS;
+    float last[KEYS];
+    for (int i = 0; k + KEYS > count && i < KEYS; i++) last[i] = numbers[std::min(k + i, count - 1)];
+    typename Lanes<W>::F few{};
+    __builtin_memcpy(&few, k + KEYS > count ? last : numbers + k, sizeof last);
+    typename Lanes<W>::I key;
+    for (int i = 0; i < W; i++) key[i] = i / HEADS;
+    return pick(few, few, key);
 }
 
 // scores (whole blocks of keys, 4) of 4 heads' queries with one key head's keys, times `by`, which has a lane for each
 // head; -inf where a key is not seen
-template <class Of, class F>
-INLINE void score(const Step& s, const typename Of::Number* q, F by, const void* keys, int64_t at, const uint8_t* sees,
-                  const float* scales, float* scores) {
+template <class Of>
+INLINE void score(const Step& s, const typename Of::Number* q, typename Of::F by, const void* keys, int64_t at,
+                  const uint8_t* sees, const float* scales, float* scores) {
+    using F = typename Of::F;
     constexpr int W = Of::W, KEYS = W / HEADS;
     for (int64_t k = 0; k < (s.seen + BLOCK - 1) / BLOCK * BLOCK; k += KEYS) {
         int64_t rows[KEYS];
-        float of_bytes[KEYS];
 #pragma GCC unroll 4
         for (int i = 0; i < KEYS; i++) {
-            const int64_t key = std::min(k + i, s.seen - 1);
-            rows[i] = at + key * s.Hd;
-            if (Of::KIND == INT8) of_bytes[i] = scales[key];
+            rows[i] = at + std::min(k + i, s.seen - 1) * s.Hd;
             fetch<Of::KIND>(keys, rows[i] + AHEAD * s.Hd, s.Hd);
         }
         int32_t some = 0, all = 255;
@@ -395,7 +400,7 @@ INLINE void score(const Step& s, const typename Of::Number* q, F by, const void*
             }
         }
         F found = __builtin_convertvector(sums_of<W>(sum), F) * by;
-        if (Of::KIND == INT8) found *= by_key<W>(of_bytes);
+        if (Of::KIND == INT8) found *= by_key<W>(scales, k, s.seen);
         store(scores + k * HEADS, found);
         for (int i = 0; !all && i < KEYS * HEADS; i++)
             if (!sees[k + i / HEADS]) scores[k * HEADS + i] = -__builtin_inff();
@@ -413,21 +418,19 @@ INLINE typename Of::F softmax(float* scores, int64_t seen, const float* scales) 
         const F v = load<F>(scores + k * HEADS);
         most = v > most ? v : most;
     }
-    most = by_head<W>(most, [](F a, F b) { return a > b ? a : b; });
+    most = by_head<W>(most, [](F a, F b) ALWAYS_INLINE { return a > b ? a : b; });
     for (int64_t k = 0; k < end; k += KEYS) {
         const F e = Of::rounded(exponential<W>(load<F>(scores + k * HEADS) - most));
         sums += e;
         store(scores + k * HEADS, e);
     }
-    for (int64_t k = 0; Of::KIND == INT8 && k < seen; k += KEYS) {
-        float of_bytes[KEYS];
-        for (int i = 0; i < KEYS; i++) of_bytes[i] = scales[std::min(k + i, seen - 1)];
-        store(scores + k * HEADS, load<F>(scores + k * HEADS) * by_key<W>(of_bytes));
-    }
-    return by_head<W>(sums, [](F a, F b) { return a + b; });
+    for (int64_t k = 0; Of::KIND == INT8 && k < seen; k += KEYS)
+        store(scores + k * HEADS, load<F>(scores + k * HEADS) * by_key<W>(scales, k, seen));
+    return by_head<W>(sums, [](F a, F b) ALWAYS_INLINE { return a + b; });
 }
 
-// out (4, Hd) += weights (seen, 4) @ values (seen, Hd): some keys at a time, and of those 2 P vectors at a time
+// out (4, Hd) += weights (seen, 4) @ values (seen, Hd): some keys at a time, and of those 2 P vectors at a time. `out`
+// has them in the order of Of::place.
 template <class Of, int P>
 INLINE void mix(const Step& s, const float* weights, const void* values, int64_t at, float* out) {
     using F = typename Of::F;
@@ -593,13 +596,17 @@ struct Thread {
 
     INLINE void attention(const Layer& layer) const {
         if (s.cache_kind == FP32) return attention<Floats<W, FP32>>(layer);
+#ifdef X86
+        if constexpr (W > 4)
+            if (s.cache_kind == INT8) return attention<Pairs<W, INT8>>(layer);
+#endif
+#ifdef X86_BF16
         if constexpr (W == 16)
             if (s.cache_kind == BF16 && pairs) return attention<Pairs<W, BF16>>(layer);
-        if (s.cache_kind == BF16) return attention<Floats<W, BF16>>(layer);
-        if constexpr (W > 4)
-            attention<Pairs<W, INT8>>(layer);
-        else
-            attention<Floats<W, INT8>>(layer);
+#endif
+        if constexpr (W == 4)
+            if (s.cache_kind == INT8) return attention<Floats<W, INT8>>(layer);
+        attention<Floats<W, BF16>>(layer);
     }
 
     INLINE void block(const Layer& layer) const {
@@ -645,7 +652,7 @@ INLINE void one_thread(const Step& s, int isa) {
 }
 
 void step_portable(void* s, int64_t, int64_t) { one_thread<4>(*static_cast<Step*>(s), PORTABLE); }
-#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+#ifdef X86
 TARGET_AVX2 void step_avx2(void* s, int64_t, int64_t) { one_thread<8>(*static_cast<Step*>(s), AVX2); }
 TARGET_AVX512 void step_avx512(void* s, int64_t, int64_t) { one_thread<16>(*static_cast<Step*>(s), AVX512); }
 TARGET_AVX512 void step_bf16(void* s, int64_t, int64_t) { one_thread<16>(*static_cast<Step*>(s), AVX512_BF16); }
@@ -660,7 +667,7 @@ int64_t step_scratch(const Step* s, int threads) { return Scratch(*s, threads).b
 void step(Step* s, int isa, int threads) {
     Work work = step_portable;
     (void)isa;
-#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+#ifdef X86
     if (isa == AVX2) work = step_avx2;
     if (isa == AVX512) work = step_avx512;
     if (isa == AVX512_BF16) work = step_bf16;

@@ -45,7 +45,8 @@ def fits(model: nn.Module) -> bool:
         return False
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
     same = len({(x.bits, x.exact) for x in linears}) == 1
-    return same and not hooked and model.dtype == torch.float32 and model.config.head_dim % 32 == 0
+    Hd = model.config.head_dim
+    return same and not hooked and model.dtype == torch.float32 and Hd % 32 == 0 and Hd <= 1024
 
 
 def _struct(name: str, *fields: tuple[str, object]) -> type[ctypes.Structure]:

@@ -13,7 +13,8 @@ from minichat.model import Config, Mistral
 SETS = ["portable", "avx2", "avx512", "avx512_bf16"]
 #          H KvH Hd  inner window exact symmetric
 SHAPES = [(8, 2, 32, 192, None, True, True), (8, 4, 64, 320, 6, True, False), (6, 1, 32, 96, 4, False, True)]
-SHAPES += [(4, 4, 128, 160, 9, True, True), (10, 2, 32, 64, None, True, True)]
+SHAPES += [(4, 4, 128, 160, 9, True, True), (10, 2, 32, 64, None, True, True), (6, 1, 96, 64, None, True, True)]
+SHAPES += [(2, 1, 256, 64, 7, True, True)]
 
 
 @pytest.fixture(scope="module", params=SETS)
@@ -94,16 +95,17 @@ def test_a_key_or_value_that_is_no_number_is_not_lost(isa):
             assert step(torch.tensor([[1]]), torch.tensor([[70]])).isnan().all()
 
 
+@pytest.mark.parametrize("window, dtype", [(12, torch.bfloat16), (None, torch.bfloat16), (None, torch.int8)])
 @torch.inference_mode()
-def test_a_token_has_the_same_logits_alone_and_among_others(isa):
+def test_a_token_has_the_same_logits_alone_and_among_others(isa, window, dtype):
     """Bit for bit: what a draft is checked by is what greedy decoding would have said."""
-    model = make(window=12)
-    one, several = caches(model, 1, 40, torch.bfloat16)
-    ids, positions = torch.randint(0, 97, (1, 30)), torch.arange(30)[None]
+    model = make(window=window)
+    one, several = caches(model, 1, 80, dtype)
+    ids, positions = torch.randint(0, 97, (1, 70)), torch.arange(70)[None]
     singly = fused.CpuStep(model, one)
-    rows = [singly(ids[:, i : i + 1], positions[:, i : i + 1]) for i in range(30)]
+    rows = [singly(ids[:, i : i + 1], positions[:, i : i + 1]) for i in range(70)]
     together = fused.CpuStep(model, several)
-    parts = [together(ids[:, a:b], positions[:, a:b]) for a, b in ((0, 1), (1, 8), (8, 10), (10, 30))]
+    parts = [together(ids[:, a:b], positions[:, a:b]) for a, b in ((0, 1), (1, 8), (8, 10), (10, 50), (50, 70))]
     assert torch.equal(torch.cat(rows, 1), torch.cat(parts, 1))
     assert all(torch.equal(a, b) for a, b in zip(one.k, several.k))
 

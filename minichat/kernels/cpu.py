@@ -186,7 +186,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 @functools.cache
 def isa() -> int:
-    """The best instruction set that runs here: 0 portable, 1 AVX2 with FMA, 2 AVX-512 with VNNI."""
+    """The best instruction set that runs here: 0 portable, 1 AVX2 with FMA, 2 AVX-512 with VNNI, 3 and BF16."""
     return library().best_isa()
 
 
