@@ -140,7 +140,7 @@ def attend(
     B, KvH, slots, Hd = keys.shape
     group = qkv.shape[1] // Hd // KvH - 2
     _, multiprocessors = int4_triton.card(keys.device)
-    split = max(1, 2 * multiprocessors // (B * KvH))  # of those that find no keys most end at once
+    split = max(1, 2 * multiprocessors // (B * KvH))  # those without keys end at once
     split = 1 << (split.bit_length() - 1)  # few numbers: each is compiled
     partial, arrived = int4_triton.workspace(keys.device)
     pdl = int4_triton.programmatic(keys.device)

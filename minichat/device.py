@@ -193,12 +193,12 @@ class _CudaGraphs:
     def _first(self, kind: tuple, inputs: Sequence[torch.Tensor]):
         """Run it as it is, on the stream that will record it: libraries set themselves up, kernels are compiled."""
         static = [x.clone() for x in inputs]
-        self.kinds[kind] = [static]
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             outputs = self.function(*static)
         current.wait_stream(self.stream)
+        self.kinds[kind] = [static]
         return outputs
 
     def _record(self, kind: tuple) -> list:

@@ -55,7 +55,8 @@ def exact_match(model, tokenizer, records: Sequence[dict], template: str, batch_
     stop_ids, stop = chat.stops(template, tokenizer)
     prompts = [chat.prompt_ids([{"role": "user", "content": r["question"]}], template, tokenizer) for r in records]
     texts = [""] * len(records)
-    by_length, kept = sorted(range(len(records)), key=lambda i: len(prompts[i])), generation.Kept()
+    by_length = sorted(range(len(records)), key=lambda i: -len(prompts[i]))  # what the first leaves serves the others
+    kept = generation.Kept()
     for start in range(0, len(by_length), batch_size):
         rows = by_length[start : start + batch_size]
         batch = [prompts[i] for i in rows]

@@ -6,6 +6,7 @@ what streaming needs.
 
 import math
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -110,7 +111,7 @@ class _Loop:
         self, model: nn.Module, rows: int, slots: int, dtype: torch.dtype, sampling: Sampling, stop_ids: Sequence[int]
     ):
         where, vocab = model.device, model.config.vocab_size
-        self.model, self.sampling, self.stop_ids = model, sampling, tuple(stop_ids)
+        self.model, self.sampling, self.stop_ids = model, replace(sampling, seed=None), tuple(stop_ids)
         self.cache = KVCache(model.config, rows, slots, where, dtype)
         self.forward = fused.decoder(model, self.cache)
         self.token = torch.zeros(rows, dtype=torch.int64, device=where)
@@ -121,24 +122,25 @@ class _Loop:
         self.seen = torch.zeros(rows, vocab, dtype=torch.bool, device=where) if penalised else None
         self.generator = device.generator(where, sampling.seed)
         self.readings = Readings(device.tokens_between_syncs(where), rows, where, torch.int64)
-        self.step = device.graph(self._advance, where, [self.generator])
+        me = weakref.ref(self)  # a cycle would keep the cache until Python looks for cycles
+        self.step = device.graph(lambda: me()._advance(), where, [self.generator])
         self.fresh = True
 
-    def serves(self, model: nn.Module, rows: int, slots: int, dtype: torch.dtype, *how) -> bool:
-        """Whether one that is made with these would do the same."""
-        sampling, stop_ids = how
-        mine = self.model, len(self.token), self.cache.k[0].dtype, replace(self.sampling, seed=None), self.stop_ids
-        slots = min(slots, model.config.sliding_window or slots)
+    def serves(
+        self, model: nn.Module, rows: int, slots: int, dtype: torch.dtype, sampling: Sampling, stop_ids: Sequence[int]
+    ) -> bool:
+        """Whether it is what these would make, with at least so many slots."""
+        mine = self.model, len(self.token), self.cache.k[0].dtype, self.sampling, self.stop_ids
         same = mine == (model, rows, dtype, replace(sampling, seed=None), tuple(stop_ids))
-        return same and self.cache.slots >= slots
+        return same and self.cache.slots >= min(slots, model.config.sliding_window or slots)
 
-    def begin(self, prompts: Sequence[Sequence[int]], last: Tensor, sampling: Sampling) -> None:
+    def begin(self, prompts: Sequence[Sequence[int]], last: Tensor, seed: int | None) -> None:
         """last: (B, 1) positions of the prompts' last tokens, on the host."""
         if not self.fresh:
             self.cache.clear()
             self.readings.clear()
             self.token.zero_()
-            device.set_seed(self.generator, sampling.seed)
+            device.set_seed(self.generator, seed)
         self.fresh = False
         self.position.copy_(last + 1)
         self.done.copy_(last[:, 0] < 0)  # rows that are padding
@@ -166,8 +168,10 @@ class _Loop:
 
 @dataclass
 class Kept:
-    """What decode() records on CUDA, a cache and the graph of a step, kept from one call to the next. The model has to
-    stay as it is in between: a graph goes on with the weights of which it was recorded."""
+    """What decode() records on CUDA, a cache and the graph of a step, kept from one call to the next (not of drafts).
+
+    The model has to stay as it is in between: a graph goes on with the weights of which it was recorded.
+    """
 
     loop: _Loop | None = None
 
@@ -211,17 +215,19 @@ def decode(
         yield from _with_drafts(model, forward, cache, logits, drafter, max_new_tokens, set(stop_ids))
         return
 
-    loop, how = None, (model, B, columns, dtype, sampling, stop_ids)
-    if kept is not None and device.keeps_graphs(where):
-        loop, kept.loop = kept.loop, None  # no other call may have it meanwhile
-    if loop is None or not loop.serves(*how):
+    if kept is None or not device.keeps_graphs(where):
+        kept = Kept()
+    loop, kept.loop = kept.loop, None  # no other call may have it meanwhile
+    if loop is None or not loop.serves(model, B, columns, dtype, sampling, stop_ids):
         loop = None  # before the next one takes as much memory
         loop = _Loop(model, B, slots, dtype, sampling, stop_ids)
     try:
-        yield from _tokens(loop, prompts, ids, positions, padded, max_new_tokens, sampling)
+        yield from _tokens(loop, prompts, ids, positions, padded, max_new_tokens, sampling.seed)
+    except Exception:
+        loop = None  # something of it may be half done
+        raise
     finally:
-        if kept is not None and device.keeps_graphs(where):
-            kept.loop = loop
+        kept.loop = loop
 
 
 def _tokens(
@@ -231,11 +237,11 @@ def _tokens(
     positions: Tensor,
     padded: bool,
     max_new_tokens: int,
-    sampling: Sampling,
+    seed: int | None,
 ) -> Iterator[list[int]]:
     """decode()'s, of its loop; ids, positions and padded are prefill's."""
     model, where = loop.model, loop.model.device
-    loop.begin(prompts, positions[:, -1:], sampling)
+    loop.begin(prompts, positions[:, -1:], seed)
     device.mark_step(where)  # what is above is a graph of its own, not a part of the first
     loop.choose(prefill(model, loop.forward, ids, positions, padded))
     every = device.tokens_between_syncs(where)

@@ -103,7 +103,7 @@ class Harness(TemplateLM):
                     seed=1234,
                 )
                 prompts = {i: self.tok_encode(requests[i].args[0])[-room:] for i in group}
-                near, kept = sorted(group, key=lambda i: len(prompts[i])), generation.Kept()
+                near, kept = sorted(group, key=lambda i: -len(prompts[i])), generation.Kept()
                 for start in range(0, len(near), self.batch_size):
                     rows = near[start : start + self.batch_size]
                     batch = [prompts[i] for i in rows]

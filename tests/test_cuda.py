@@ -306,11 +306,16 @@ def test_greedy_tokens_of_the_step_are_the_models(quantised, monkeypatch):
 
 @on_a_card
 def test_a_kept_graph_says_what_a_new_one_says():
-    model, kept = make(True, window=64), generation.Kept()
+    model, kept, loops = make(True), generation.Kept(), []
     for sampling in (generation.Sampling(), generation.Sampling(1.0, seed=1), generation.Sampling(1.0, seed=2)):
-        for prompt in ([5, 6, 7] * 30, [8, 9]):
+        for prompt in ([8, 9], [5, 6, 7] * 400, [8, 9]):
             expected = list(generation.decode(model, [prompt], 100, sampling, ()))
+            steps = generation.decode(model, [prompt], 100, sampling, (), kept=kept)
+            assert [next(steps) for _ in range(3)] == expected[:3]
+            steps.close()
             assert list(generation.decode(model, [prompt], 100, sampling, (), kept=kept)) == expected
+            loops.append(kept.loop)
+    assert len(set(map(id, loops))) == 4 and loops[1] is loops[2] and loops[4] is loops[-1]  # two sizes of each kind
 
 
 @on_a_card

@@ -1,11 +1,14 @@
 """Sampling against transformers' processors; stopping, batching, streaming."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 from helpers import make
 
+from minichat import generation
 from minichat.cli import BASE
 from minichat.errors import BadInput
 from minichat.generation import Kept, Sampling, answer, decode, generate, restrict, sample
@@ -225,21 +228,56 @@ def keeping(monkeypatch):
 
 
 def test_a_kept_loop_says_what_a_new_one_says(keeping):
-    """Other lengths, seeds, penalties, caches and numbers of rows; and one that was left in the middle."""
-    model, kept, used = make(), Kept(), []
-    hows = [
-        (Sampling(), None), (Sampling(temperature=1.0, seed=3), None), (Sampling(temperature=1.0, seed=4), None),
-        (Sampling(repetition_penalty=1.4), None), (Sampling(repetition_penalty=1.4), torch.int8),
+    """Other lengths, seeds, penalties, caches and numbers of rows; and after one that was left in the middle."""
+    model, kept = make(sliding_window=None), Kept()
+    longer, shorter, two = [[5, 6, 7] * 9], [[8, 9]], [[5], [6, 7, 8]]
+    cold, warm, warmer = Sampling(), Sampling(temperature=1.0, seed=3), Sampling(temperature=1.0, seed=4)
+    strict, bytes_ = Sampling(repetition_penalty=1.4), torch.int8
+    steps = [  # prompts, how, and whether what is there serves
+        (shorter, cold, None, False), (longer, cold, None, False), (shorter, cold, None, True),
+        (longer, cold, None, True), (two, cold, None, False), (two, warm, None, False), (two, warmer, None, True),
+        (two, warm, None, True), (two, strict, None, False), (longer, strict, None, False),
+        (shorter, strict, None, True), (shorter, strict, bytes_, False), (shorter, strict, bytes_, True),
     ]  # fmt: skip
-    for sampling, kv in hows:
-        for prompts in ([[5, 6, 7] * 9], [[8, 9]], [[5], [6, 7, 8]], [[1, 2, 3, 4, 5, 6, 7], [2]]):
-            next(decode(model, prompts, 20, sampling, (3,), kv=kv, kept=kept))
-            expected = list(decode(model, prompts, 20, sampling, (3,), kv=kv))
-            assert list(decode(model, prompts, 20, sampling, (3,), kv=kv, kept=kept)) == expected
-            used.append(kept.loop)
-    # shorter prompts, other seeds: the same one; other rows, sampling or dtypes: another
-    assert [a is b for a, b in zip(used, used[1:])][:5] == [True, False, True, False, True]
-    assert len(set(map(id, used))) == 10 and used[12].cache.k[0].dtype != used[16].cache.k[0].dtype
+    for prompts, sampling, kv, served in steps:
+        before = kept.loop
+        next(decode(model, prompts, 20, sampling, (3,), kv=kv, kept=kept))
+        assert (kept.loop is before) == served
+        expected = list(decode(model, prompts, 20, sampling, (3,), kv=kv))
+        assert list(decode(model, prompts, 20, sampling, (3,), kv=kv, kept=kept)) == expected
+
+
+def test_a_loop_goes_with_its_answer(keeping):
+    """At once, a cache being large, and not when Python looks for cycles; a kept one when another takes its place."""
+    model, caches, kept = make(), [], Kept()
+    made = generation.KVCache.__init__
+
+    def watched(cache, *args, **kwargs):
+        made(cache, *args, **kwargs)
+        caches.append(weakref.ref(cache))
+
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generation.KVCache, "__init__", watched)
+            list(decode(model, [[4, 5]], 10, Sampling(), ()))
+            next(decode(model, [[4, 5]], 10, Sampling(), ()))
+            list(decode(model, [[4, 5]], 10, Sampling(), (), kept=kept))
+            list(decode(model, [[4, 5], [6]], 10, Sampling(), (), kept=kept))
+        assert [cache() is None for cache in caches] == [True, True, True, False]
+    finally:
+        gc.enable()
+
+
+def test_a_loop_that_failed_is_not_kept(keeping, monkeypatch):
+    model, kept = make(), Kept()
+    list(decode(model, [[4, 5]], 10, Sampling(), (), kept=kept))
+    steps = decode(model, [[4, 5]], 10, Sampling(), (), kept=kept)
+    next(steps)
+    monkeypatch.setattr(generation, "sample", None)
+    with pytest.raises(TypeError):
+        next(steps)
+    assert kept.loop is None
 
 
 def test_a_kept_loop_is_one_answers_alone(keeping):
