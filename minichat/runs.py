@@ -250,8 +250,8 @@ def add_reference(
     settings: training.Settings,
     run: dict,
 ) -> None:
-    """Give the pairs their log-probs under the reference, computed once and kept in the cache, by all that decides
-    them. Raises BadInput for a --reference with another tokenizer.
+    """Give the pairs that the run will see their log-probs under the reference, computed once and kept in the cache, by
+    all that decides them. mixes: to train on, and held out. Raises BadInput for a --reference with another tokenizer.
     """
     reference = model
     if args.reference:
@@ -262,16 +262,23 @@ def add_reference(
     adapter = args.adapter and not args.reference and weights.identity(weights.resolve(args.adapter))
     known = [reference.identity, adapter, str(reference.scheme), str(reference.dtype), str(model.device),
              args.loss == "ipo", args.batch_size, run["tokenizer and template"], __version__]  # fmt: skip
-    for mix in mixes:
+    train, held_out = mixes
+    for mix, seen in ((train, training.seen(train, settings)), (held_out, set(range(len(held_out))))):
         for i, part in enumerate(mix.parts):
-            key = hashlib.sha256(json.dumps([*known, part.fingerprint()]).encode()).hexdigest()[:32]
+            wanted = [j for j in range(len(part)) if mix.starts[i] + j in seen]
+            which = [] if len(wanted) == len(part) else [wanted]
+            key = hashlib.sha256(json.dumps([*known, part.fingerprint(), *which]).encode()).hexdigest()[:32]
             folder = files.cache_folder() / "reference" / key
             if folder.exists():
                 say(f"the reference's log-probs are known: {folder}")
                 logps = files.read_tensors(folder / REFERENCE)["logps"]
             else:
-                say(f"the reference's log-probs of {len(part):,} pairs, once")
-                logps = training.reference_logps(reference, method, part, settings)
+                some = f"{len(wanted):,} of " if which else ""
+                say(f"the reference's log-probs of {some}{len(part):,} pairs, once")
+                pairs = [part[j] for j in wanted] if which else part
+                logps = torch.full((len(part), 2), torch.nan)  # for those that no step will see
+                if wanted:
+                    logps[wanted] = training.reference_logps(reference, method, pairs, settings)
                 with files.appearing(folder) as new:
                     files.write_tensors({"logps": logps}, new / REFERENCE)
             mix.parts[i] = data.Referenced(part, logps)

@@ -296,6 +296,16 @@ def count_steps(items: data.Mix, settings: Settings) -> int:
     return sum(map(count, range(int(whole)))) + (math.ceil(count(int(whole)) * rest) if rest else 0)
 
 
+def seen(items: data.Mix, settings: Settings) -> set[int]:
+    """The items that a run learns from."""
+    found, left, epoch = set(), count_steps(items, settings), 0
+    while left > 0:
+        steps = order(items, settings, epoch)[:left]
+        found.update(i for step in steps for batch in step for row in batch for i in row)
+        left, epoch = left - len(steps), epoch + 1
+    return found
+
+
 def largest(items: data.Mix, settings: Settings, method: Method, where: torch.device) -> data.Batch:
     """The micro-batch of the first epoch that has the most tokens."""
     known = items.lengths()

@@ -301,6 +301,21 @@ def test_a_seed_gives_the_same_run_bit_for_bit(what):
     assert not same(models[0], models[2])
 
 
+@pytest.mark.parametrize("how", [{"steps": 2}, {"epochs": 1}, {"epochs": 1.6}, {"steps": 9}, {"steps": 2, "pack": 60}])
+def test_seen_items_are_what_the_run_takes(how):
+    taken = set()
+
+    class Watched(data.Mix):
+        def __getitem__(self, i):
+            taken.add(i)
+            return super().__getitem__(i)
+
+    mix = Watched([examples(13), examples(20, seed=1)], [1, 0.5])
+    how = {"epochs": 1, "steps": None, "batch_size": 2, "accumulate": 2, **how}
+    fit(adapted(), training.sft(), mix, **how)
+    assert training.seen(mix, Settings(**how)) == taken and len(taken) >= 8
+
+
 def test_evaluation_and_logging_do_not_touch_the_run():
     plain, watched = adapted(dropout=0.2), adapted(dropout=0.2)
     fit(plain, training.sft(), examples(), log_every=100)
