@@ -146,7 +146,8 @@ def test_a_reference_computed_once_is_the_reference(run, base, files, tmp_path, 
         assert code == 0, said[name]
         losses[name] = [record["loss"] for record in records(name)]
     assert losses["b"] == pytest.approx(losses["a"], abs=1e-5) and losses["c"] == losses["b"]
-    assert "of 6 of 8 pairs, once" in said["b"] and "are known" in said["c"] and "pairs, once" not in said["c"]
+    assert "of 12 of 24 pairs, once" in said["b"] and "log-probs of 24 pairs, once" in said["b"]
+    assert "are known" in said["c"] and "pairs, once" not in said["c"]
     code, _, err = run("dpo.py", *flags, "--reference", "a", "--out", "d")
     assert code == 0, err
     first = records("d")[0]
