@@ -55,7 +55,7 @@ constexpr int64_t L2_BYTES = 1 << 20;   // activations that should stay in L2 wh
 constexpr int PREFETCH = 512;       // words ahead, 2 KiB, over all streams
 
 enum Kind { FP32, FP16, BF16, INT8 };  // INT8: of the KV cache alone
-enum Isa { PORTABLE, AVX2, AVX512, AVX512_BF16 };  // the last differs in step_cpu.cpp alone
+enum Isa { PORTABLE, AVX2, AVX512, AVX512_BF16 };  // the last differs in attention alone
 
 struct Weight {
     const uint32_t* words;
@@ -223,6 +223,22 @@ INLINE typename Lanes<W>::I nearest(typename Lanes<W>::F v) {  // ties to even: 
     return __builtin_convertvector((v + 0x1.8p23f) - 0x1.8p23f, typename Lanes<W>::I);
 }
 
+// The larger magnitudes, by their bits: as integers they are in order too, and infinity and NaN are above all others.
+template <int W>
+INLINE typename Lanes<W>::I larger(typename Lanes<W>::I most, typename Lanes<W>::F v) {
+    const auto size = (typename Lanes<W>::I)v & 0x7fffffff;
+    return size > most ? size : most;
+}
+
+template <int W>
+INLINE float largest(typename Lanes<W>::I sizes) {
+    int32_t bits = 0;
+    for (int i = 0; i < W; i++) bits = std::max(bits, sizes[i]);
+    float most;
+    __builtin_memcpy(&most, &bits, sizeof most);
+    return most;
+}
+
 template <int W>
 INLINE void to_bytes(int8_t* out, const typename Lanes<W>::I (&q)[CHUNK / W], int bits) {
     typedef int8_t Bytes __attribute__((vector_size(CHUNK)));
@@ -242,20 +258,15 @@ INLINE void prepare_chunk(const Prepare& job, int64_t at, int bits, Chunk<PLANES
     constexpr int V = CHUNK / W;
     constexpr float TOP = PLANES == 1 ? 127 : 126 * 128;
     F v[V];
-    I size{};  // as integers, magnitudes are in order too, and infinity and NaN are above all others
+    I sizes{};
     for (int i = 0; i < V; i++) {
         v[i] = load_floats<W>(job.x, job.x_kind, at + i * W);
-        const I magnitude = (I)v[i] & 0x7fffffff;
-        size = magnitude > size ? magnitude : size;
+        sizes = larger<W>(sizes, v[i]);
     }
-    int32_t largest_bits = 0;
-    for (int i = 0; i < W; i++) largest_bits = std::max(largest_bits, size[i]);
-    float largest;
-    __builtin_memcpy(&largest, &largest_bits, sizeof largest);
-    const float up = largest < 0x1p-60f ? 0x1p60f : 1;  // no reciprocal overflows
-    const bool finite = largest_bits < 0x7f800000;
-    const float inverse = finite && largest > 0 ? TOP / (largest * up) : 0;
-    chunk.scale = finite ? largest / TOP : __builtin_nanf("");
+    const float most = largest<W>(sizes), up = most < 0x1p-60f ? 0x1p60f : 1;  // no reciprocal overflows
+    const bool finite = most < __builtin_inff();
+    const float inverse = finite && most > 0 ? TOP / (most * up) : 0;
+    chunk.scale = finite ? most / TOP : __builtin_nanf("");
     I q[V], low[V], sum{};
     for (int i = 0; i < V; i++) {
         q[i] = finite ? nearest<W>(v[i] * up * inverse) : I{};

@@ -568,8 +568,10 @@ SANITIZED = """if True:
                     for exact in (True, False):
                         for size in (1, 1e-44, float("nan")):
                             cpu.matmul(torch.randn(M, K).to(dtype) * size, packed, exact)
-        for window, kind in ((5, torch.bfloat16), (None, torch.int8), (5, torch.float32)):
-            model = make(window=window, exact=window is None)
+        for Hd, kind, exact in (
+            (32, torch.bfloat16, False), (32, torch.int8, True), (64, torch.int8, False), (32, torch.float32, True)
+        ):
+            model = make(Hd=Hd, window=None if exact else 5, exact=exact)
             step = fused.CpuStep(model, KVCache(model.config, 2, 11, torch.device("cpu"), kind))
             with torch.inference_mode():
                 for first, last in ((0, 4), (4, 5), (5, 6), (6, 9), (9, 10)):

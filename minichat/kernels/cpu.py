@@ -21,8 +21,8 @@ from minichat.kernels import _sources
 from minichat.kernels import int4_reference as reference
 from minichat.kernels.int4_reference import Packed
 
-SOURCE = _sources / "step_cpu.cpp"  # which includes the other
-INCLUDED = _sources / "int4_cpu.cpp"
+SOURCE = _sources / "step_cpu.cpp"
+INCLUDED = [_sources / "attention_cpu.cpp", _sources / "int4_cpu.cpp"]  # by it
 FLAGS = ["-O2", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-Wno-psabi"]
 if sys.platform == "darwin":
     FLAGS += ["-undefined", "dynamic_lookup"]  # OpenMP's functions are found when it is loaded
@@ -218,7 +218,7 @@ def _build_and_load() -> ctypes.CDLL | None:
 
 def _build() -> Path:
     """The compiled library's path in the cache; compiles it if it is not there. Raises OSError, CalledProcessError."""
-    known = SOURCE.read_bytes(), INCLUDED.read_bytes(), FLAGS, sys.platform, platform.machine()
+    known = [file.read_bytes() for file in (SOURCE, *INCLUDED)], FLAGS, sys.platform, platform.machine()
     source = hashlib.sha256(repr(known).encode()).hexdigest()
     folder = cache_folder()
     try:

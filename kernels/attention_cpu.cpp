@@ -1,0 +1,474 @@
+// Attention of one token over the KV cache on the CPU: 4 query heads that share a key head, so that each key and value
+// is read once for them. step_cpu.cpp calls it.
+//
+//   score    scores (keys, 4) = queries (4, Hd) @ keys (seen, Hd)^T
+//   softmax  scores to weights, not yet divided by their sums
+//   mix      out (4, Hd) = weights (keys, 4)^T @ values (seen, Hd)
+//
+// A cache of bf16 is read at the speed of memory if its numbers are multiplied two at a time; one of signed bytes only if
+// four are. So there are three ways to multiply, of which each names the layouts that suit it: Floats, Pairs, Bytes.
+#include <type_traits>
+
+#include "int4_cpu.cpp"
+
+namespace {
+
+constexpr int HEADS = 4;   // of those that share a key head, handled together: each key and value is read once for them
+constexpr int BLOCK = 32;  // keys whose values are used in turn for all of Hd, from the nearest cache
+constexpr int64_t AHEAD = 8192;  // bytes of keys or values that are asked for before they are used
+
+// e^x for x <= 88, to 2e-7; 0 below -87. 2^n by its bits, and e^r for |r| <= ln 2 / 2 by its series.
+template <int W>
+INLINE typename Lanes<W>::F exponential(typename Lanes<W>::F x) {
+    using F = typename Lanes<W>::F;
+    using I = typename Lanes<W>::I;
+    const I tiny = x < -87.0f;
+    x = tiny ? F{} : x;
+    const F n = (x * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
+    const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const F series = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r / 720)))));
+    const F power = (F)((__builtin_convertvector(n, I) + 127) << 23);
+    return tiny ? F{} : series * power;
+}
+
+// Lane i: what `of` makes of the lanes of i's head.
+template <int W, class V, class Of>
+INLINE V by_head(V v, Of of) {
+    for (int half = W / 2; half >= HEADS; half /= 2) {
+        typename Lanes<W>::I other;
+        for (int i = 0; i < W; i++) other[i] = (i + half) % W;
+        v = of(v, pick(v, v, other));
+    }
+    return v;
+}
+
+// To the nearest bf16, as floats. Ties to even.
+template <int W>
+INLINE typename Lanes<W>::F to_bf16(typename Lanes<W>::F v) {
+    const auto bits = (typename Lanes<W>::U)v;
+    return (typename Lanes<W>::F)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
+}
+
+// Sums of the lanes of N vectors: of all lanes, in the order of the vectors, if there are as many as lanes; of four
+// vectors, (W / 4, 4), those of each four lanes. Each level halves their number: neighbours of two vectors side by side,
+// first within four lanes (which costs less), then of fours.
+template <int W, int LEVEL = 1, class V, int N>
+INLINE V sums_of(V (&v)[N]) {
+    typename Lanes<W>::I one, other;
+    for (int i = 0; i < W; i++) {
+        const int four = i / 4 * 4, at = i % 4, pair = i % (W / 2) / 4 * 8 + at;
+        if (LEVEL == 1) one[i] = four + at / 2 + at % 2 * W, other[i] = one[i] + 2;
+        if (LEVEL == 2) one[i] = four + at % 2 + at / 2 * W, other[i] = one[i] + 2;
+        if (LEVEL > 2) one[i] = pair + (i < W / 2 ? 0 : W), other[i] = one[i] + 4;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < N >> LEVEL; i++) v[i] = pick(v[2 * i], v[2 * i + 1], one) + pick(v[2 * i], v[2 * i + 1], other);
+    if constexpr (2 << LEVEL <= N) return sums_of<W, LEVEL + 1>(v);
+    return v[0];
+}
+
+// The scales of a block of keys, from k on; of keys past the last, its own again: no lane may be NaN that is not read.
+INLINE const float* scales_of(const float* scales, int64_t k, int64_t seen, float (&room)[BLOCK]) {
+    if (k + BLOCK <= seen) return scales + k;
+    for (int i = 0; i < BLOCK; i++) room[i] = scales[std::min(k + i, seen - 1)];
+    return room;
+}
+
+// Lane i: the number of its key, of W / 4.
+template <int W>
+INLINE typename Lanes<W>::F by_key(const float* numbers) {
+    typename Lanes<W>::F few{};
+    __builtin_memcpy(&few, numbers, sizeof few / HEADS);
+    typename Lanes<W>::I key;
+    for (int i = 0; i < W; i++) key[i] = i / HEADS;
+    return pick(few, few, key);
+}
+
+// The largest magnitude of x (count).
+template <int W>
+INLINE float largest(const float* x, int64_t count) {
+    typename Lanes<W>::I sizes{};
+    for (int64_t i = 0; i < count; i += W) sizes = larger<W>(sizes, load<typename Lanes<W>::F>(x + i));
+    return largest<W>(sizes);
+}
+
+// What makes integers up to `top` of numbers up to `most`: 0 if there are none to make.
+INLINE float inverse_of(float top, float most) { return most > 0x1p-100f && most < __builtin_inff() ? top / most : 0; }
+
+// ---- three ways to multiply -----------------------------------------------------------------------------------------
+// The scores of 4 heads lie side by side: (keys, 4), W / 4 keys to a vector. These are the products of as many keys:
+// rows[i] is where the i-th begins.
+template <class Of>
+INLINE typename Of::F products_of(const typename Of::Number* q, int64_t Hd, const void* keys, const int64_t* rows) {
+    constexpr int W = Of::W, KEYS = W / HEADS;
+    typename Of::Sum sum[W] = {};
+    for (int64_t d = 0; d < Hd; d += 2 * W) {
+        decltype(Of::load(keys, d)) key[KEYS];
+#pragma GCC unroll 4
+        for (int i = 0; i < KEYS; i++) key[i] = Of::load(keys, rows[i] + d);
+#pragma GCC unroll 4
+        for (int h = 0; h < HEADS; h++) {
+            const auto query = Of::load(q + h * Hd + d);
+#pragma GCC unroll 4
+            for (int i = 0; i < KEYS; i++) sum[i * HEADS + h] = Of::multiply(sum[i * HEADS + h], query, key[i]);
+        }
+    }
+    return __builtin_convertvector(sums_of<W>(sum), typename Of::F);
+}
+
+// As floats; those of bf16 are two halves of words, the even ones and the odd ones.
+template <int WIDTH, Kind CACHE>
+struct Floats {
+    static constexpr int W = WIDTH, TOGETHER = 1, PARTS = 2;  // keys whose values are mixed at once, in vectors
+    static constexpr Kind KIND = CACHE;
+    using F = typename Lanes<W>::F;
+    using U = typename Lanes<W>::U;
+    using Number = float;  // of a query
+    using Word = float;    // the weights of TOGETHER keys
+    using Sum = F;
+    struct Numbers {
+        F part[PARTS];
+    };
+
+    static constexpr int place(int i) { return KIND == BF16 ? i % 2 * W + i / 2 : i; }  // of PARTS W numbers in `part`
+
+    // The query (Hd) of the h-th head to where `products` reads it; returns what those are to be multiplied with.
+    static INLINE float query(const float* q, int64_t Hd, int64_t h, Number* out) {
+        for (int64_t d = 0; d < Hd; d += 2 * W)
+            for (int i = 0; i < 2 * W; i++) out[h * Hd + d + place(i)] = q[d + i];
+        return 1;
+    }
+
+    static INLINE F products(const Number* q, int64_t Hd, const void* keys, const int64_t* rows) {
+        return products_of<Floats>(q, Hd, keys, rows);
+    }
+
+    static INLINE Numbers load(const void* cache, int64_t at) {
+        if (KIND != BF16) return {load_floats<W>(cache, KIND, at), load_floats<W>(cache, KIND, at + W)};
+        const U words = ::load<U>(static_cast<const uint16_t*>(cache) + at);
+        return {(F)(words << 16), (F)(words & 0xffff0000)};
+    }
+
+    static INLINE Numbers load(const Number* query) { return {::load<F>(query), ::load<F>(query + W)}; }
+
+    static INLINE Sum multiply(Sum sum, const Numbers& a, const Numbers& b) {
+        sum += a.part[0] * b.part[0];
+        sum += a.part[1] * b.part[1];
+        return sum;
+    }
+
+    static INLINE F rounded(F weights) { return weights; }
+
+    static INLINE const Word* words(const float* weights, Word*, float*) { return weights; }
+
+    static INLINE Numbers values(const void* cache, const int64_t* rows) { return load(cache, rows[0]); }
+
+    static INLINE Sum mix(Sum sum, F value, Word weight) { return sum + value * weight; }
+
+    static INLINE F total(Sum sum, float) { return sum; }
+};
+
+#ifdef X86
+// As 16-bit numbers, of which one instruction multiplies neighbours and adds them up: bf16 with queries and weights in
+// bf16, as attention in bf16 has them on any device; bytes with queries and weights of 15 bits, in integers.
+template <int WIDTH, Kind CACHE>
+struct Pairs {
+    static constexpr int W = WIDTH, TOGETHER = 2, PARTS = 2;
+    static constexpr Kind KIND = CACHE;
+    static constexpr float TOP = 16383;  // 2^14 * 127 * 1,024 of Hd fit into 32 bits
+    using F = typename Lanes<W>::F;
+    using I = typename Lanes<W>::I;
+    using U = typename Lanes<W>::U;
+    using H = typename Lanes<W>::H;
+    using V = typename Lanes<W>::P;
+    using Number = uint16_t;
+    using Word = uint32_t;
+    using Sum = std::conditional_t<KIND == BF16, F, I>;
+    struct Numbers {
+        V part[PARTS];
+    };
+
+    // `values` takes 4 neighbours of one key and of the next in turn, for the first vector and for the second
+    static constexpr int place(int i) { return i / 4 % 2 * W + i / 8 * 4 + i % 4; }
+
+    static INLINE float query(const float* q, int64_t Hd, int64_t h, Number* out) {
+        const float most = largest<W>(q, Hd), inverse = KIND == BF16 ? 1 : inverse_of(TOP, most);
+        for (int64_t d = 0; d < Hd; d += W) {
+            const F v = ::load<F>(q + d);
+            const U whole = KIND == BF16 ? (U)to_bf16<W>(v) >> 16 : (U)nearest<W>(v * inverse);
+            store(out + h * Hd + d, __builtin_convertvector(whole, H));
+        }
+        return KIND == BF16 ? 1 : most / TOP;
+    }
+
+    static INLINE F products(const Number* q, int64_t Hd, const void* keys, const int64_t* rows) {
+        return products_of<Pairs>(q, Hd, keys, rows);
+    }
+
+    static INLINE V load(const void* cache, int64_t at) {
+        if (KIND == BF16) return ::load<V>(static_cast<const uint16_t*>(cache) + at);
+        V wide;
+        asm("vpmovsxbw %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const int8_t(*)[2 * W]>(
+            static_cast<const int8_t*>(cache) + at)));
+        return wide;
+    }
+
+    static INLINE V load(const Number* query) { return ::load<V>(query); }
+
+    static INLINE Sum multiply(Sum sum, V a, V b) {
+        if constexpr (W == 16 && KIND == BF16) {
+            asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+        } else if constexpr (W == 16) {
+            asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+        } else {
+            I products;
+            asm("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(a), "x"(b));
+            sum += products;
+        }
+        return sum;
+    }
+
+    static INLINE F rounded(F weights) { return KIND == BF16 ? to_bf16<W>(weights) : weights; }
+
+    // weights (BLOCK, 4) -> (BLOCK / 2, 4) of two keys each, and by head what sums of integers are to be multiplied with
+    static INLINE const Word* words(const float* weights, Word* out, float* scales) {
+        const F inverse = inverses(weights, TOP, scales);
+        I first, second;  // lanes of each two keys in two vectors
+        for (int i = 0; i < W; i++) first[i] = i / HEADS * 2 * HEADS + i % HEADS, second[i] = first[i] + HEADS;
+        for (int k = 0; k < BLOCK * HEADS; k += 2 * W) {
+            const F a = ::load<F>(weights + k), b = ::load<F>(weights + k + W);
+            const F one = pick(a, b, first), other = pick(a, b, second);
+            if (KIND == BF16)
+                store(out + k / 2, (U)one >> 16 | (U)other);
+            else
+                store(out + k / 2, nearest<W>(one * inverse) | nearest<W>(other * inverse) << 16);
+        }
+        return out;
+    }
+
+    // what makes integers up to `top` of weights (BLOCK, 4), in the lanes of each head; scales[h]: what undoes it
+    static INLINE F inverses(const float* weights, float top, float* scales) {
+        I most{};
+        for (int k = 0; k < BLOCK * HEADS; k += W) most = larger<W>(most, ::load<F>(weights + k));
+        most = by_head<W>(most, [](I a, I b) ALWAYS_INLINE { return a > b ? a : b; });
+        float all[W];
+        store(all, (F)most / top);
+        std::copy(all, all + HEADS, scales);
+        const I usable = ((F)most > 0x1p-100f) & (most < 0x7f800000);
+        return usable ? top / (F)most : F{};
+    }
+
+    static INLINE Numbers values(const void* cache, const int64_t* rows) {
+        V low, high;
+#pragma GCC unroll 32
+        for (int i = 0; i < 2 * W; i++) {
+            low[i] = i / 8 * 8 + i % 8 / 2 + (i % 2 ? 2 * W : 0);
+            high[i] = low[i] + 4;
+        }
+        const V one = load(cache, rows[0]), other = load(cache, rows[1]);
+        return {pick(one, other, low), pick(one, other, high)};
+    }
+
+    static INLINE Sum mix(Sum sum, V value, Word weights) { return multiply(sum, value, (V)(U{} + weights)); }
+
+    static INLINE F total(Sum sum, float scale) {
+        if constexpr (KIND == BF16) return sum;
+        else return __builtin_convertvector(sum, F) * scale;
+    }
+};
+
+// As signed bytes, of which one instruction multiplies four with unsigned ones and adds them up: queries and weights of 8
+// bits too. 16 numbers of each of the 4 heads lie in one vector, and 16 of a key are broadcast to all of them: a key's
+// sums are then in four lanes a head, not in sixteen.
+//
+//   queries  [Hd / 16] [4 heads] [16]    int8
+//   start    [4 heads] [4]               int32: -128 * sum of the query, since keys are taken as key + 128
+struct Bytes : Pairs<16, INT8> {
+    static constexpr int TOGETHER = 4, PARTS = 4;
+    using Number = int8_t;
+    struct Numbers {
+        U part[PARTS];
+    };
+
+    // `values` takes 4 neighbours of four keys in turn, for each of four vectors
+    static constexpr int place(int i) { return i % 16 / 4 * 16 + i / 16 * 4 + i % 4; }
+
+    static INLINE float query(const float* q, int64_t Hd, int64_t h, Number* out) {
+        const float most = largest<W>(q, Hd), inverse = inverse_of(127, most);
+        int32_t start[4] = {};
+        for (int64_t d = 0; d < Hd; d += W) {
+            const I whole = nearest<W>(::load<F>(q + d) * inverse);
+            for (int i = 0; i < W; i++) start[i % 4] -= 128 * whole[i];
+            store(out + d * HEADS + h * 16, __builtin_convertvector(whole, Lanes<W>::B));
+        }
+        __builtin_memcpy(out + Hd * HEADS + h * 16, start, sizeof start);
+        return most / 127;
+    }
+
+    static INLINE F products(const Number* q, int64_t Hd, const void* keys, const int64_t* rows) {
+        U sum[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) sum[i] = ::load<U>(q + Hd * HEADS);
+        for (int64_t d = 0; d < Hd; d += 16) {
+            const U query = ::load<U>(q + d * HEADS);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                U key;
+                asm("vbroadcasti32x4 %1, %0" : "=v"(key) : "m"(*reinterpret_cast<const int8_t(*)[16]>(
+                    static_cast<const int8_t*>(keys) + rows[i] + d)));
+                sum[i] = add(sum[i], key ^ 0x80808080, query);
+            }
+        }
+        const I sums = (I)sums_of<W>(sum);  // (4 heads, 4 keys), to (4 keys, 4 heads)
+        I other;
+        for (int i = 0; i < 16; i++) other[i] = i % 4 * 4 + i / 4;
+        return __builtin_convertvector(pick(sums, sums, other), F);
+    }
+
+    // weights (BLOCK, 4) -> (BLOCK / 4, 4) of four keys each
+    static INLINE const Word* words(const float* weights, Word* out, float* scales) {
+        const F inverse = inverses(weights, 255, scales);
+        U shift;
+        for (int i = 0; i < W; i++) shift[i] = i / HEADS * 8;
+        for (int k = 0; k < BLOCK * HEADS; k += W) {
+            U word = (U)nearest<W>(::load<F>(weights + k) * inverse) << shift;
+            word = by_head<W>(word, [](U a, U b) ALWAYS_INLINE { return a | b; });
+            __builtin_memcpy(out + k / 4, &word, 4 * HEADS);
+        }
+        return out;
+    }
+
+    static INLINE Numbers values(const void* cache, const int64_t* rows) {
+        typedef uint8_t V __attribute__((vector_size(64)));
+        typedef uint16_t P __attribute__((vector_size(64)));
+        V low, high;
+        P low2, high2;
+#pragma GCC unroll 64
+        for (int i = 0; i < 64; i++) low[i] = i / 16 * 16 + i % 16 / 2 + (i % 2 ? 64 : 0), high[i] = low[i] + 8;
+#pragma GCC unroll 32
+        for (int i = 0; i < 32; i++) low2[i] = i / 8 * 8 + i % 8 / 2 + (i % 2 ? 32 : 0), high2[i] = low2[i] + 4;
+        V key[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) key[i] = ::load<V>(static_cast<const int8_t*>(cache) + rows[i]);
+        const P a = (P)pick(key[0], key[1], low), b = (P)pick(key[2], key[3], low);
+        const P c = (P)pick(key[0], key[1], high), d = (P)pick(key[2], key[3], high);
+        return {{(U)pick(a, b, low2), (U)pick(a, b, high2), (U)pick(c, d, low2), (U)pick(c, d, high2)}};
+    }
+
+    static INLINE Sum mix(Sum sum, U value, Word weights) { return (Sum)add((U)sum, U{} + weights, value); }
+
+    static INLINE U add(U sum, U unsigned_bytes, U bytes) {
+        asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(bytes));
+        return sum;
+    }
+};
+#endif
+
+// ---- a token's attention ---------------------------------------------------------------------------------------------
+constexpr int64_t size_of(Kind kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
+
+// Asks for `count` numbers of a cache from the at-th on, but for none from the end-th on. NEAR 3: into the first cache;
+// 2: into the second one, which can wait for more of them.
+template <Kind KIND, int NEAR>
+INLINE void fetch(const void* cache, int64_t at, int64_t count, int64_t end) {
+    const char* bytes = static_cast<const char*>(cache);
+    for (int64_t i = at; i < std::min(at + count, end); i += 64 / size_of(KIND))
+        __builtin_prefetch(bytes + i * size_of(KIND), 0, NEAR);
+}
+
+// scores (whole blocks of keys, 4) of the queries with the keys that begin at `at`, times `by`, which has a lane for each
+// head; -inf where a key is not seen
+template <class Of>
+INLINE void score(const typename Of::Number* q, typename Of::F by, const void* keys, int64_t at, int64_t seen,
+                  int64_t Hd, const uint8_t* sees, const float* scales, float* scores) {
+    using F = typename Of::F;
+    constexpr int KEYS = Of::W / HEADS;
+    for (int64_t first = 0; first < seen; first += BLOCK) {
+        float room[BLOCK];
+        const float* scale = Of::KIND == INT8 ? scales_of(scales, first, seen, room) : nullptr;
+        for (int64_t k = first; k < first + BLOCK; k += KEYS) {
+            int64_t rows[KEYS];
+#pragma GCC unroll 4
+            for (int i = 0; i < KEYS; i++) {
+                rows[i] = at + std::min(k + i, seen - 1) * Hd;
+                fetch<Of::KIND, 3>(keys, rows[i] + AHEAD / size_of(Of::KIND), Hd, at + seen * Hd);
+            }
+            uint8_t none[KEYS] = {}, all[KEYS];
+            std::fill(all, all + KEYS, uint8_t(255));
+            F found = __builtin_memcmp(sees + k, none, KEYS) ? Of::products(q, Hd, keys, rows) * by : F{};
+            if (Of::KIND == INT8) found *= by_key<Of::W>(scale + k - first);
+            store(scores + k * HEADS, found);
+            if (__builtin_memcmp(sees + k, all, KEYS))
+                for (int i = 0; i < KEYS * HEADS; i++)
+                    if (!sees[k + i / HEADS]) scores[k * HEADS + i] = -__builtin_inff();
+        }
+    }
+}
+
+// Scores to weights, not yet divided by their sums, which it returns; of bytes, times the scales of the values. A quarter
+// of the values is asked for meanwhile: memory would have nothing to do.
+template <class Of>
+INLINE typename Of::F softmax(float* scores, const void* values, int64_t at, int64_t seen, int64_t Hd,
+                              const float* scales) {
+    constexpr int W = Of::W, KEYS = W / HEADS;
+    using F = typename Of::F;
+    F most = load<F>(scores), sums{};
+    for (int64_t k = KEYS; k < seen; k += KEYS) {
+        const F v = load<F>(scores + k * HEADS);
+        most = v > most ? v : most;
+    }
+    most = by_head<W>(most, [](F a, F b) ALWAYS_INLINE { return a > b ? a : b; });
+    for (int64_t first = 0; first < seen; first += BLOCK) {
+        float room[BLOCK];
+        const float* scale = Of::KIND == INT8 ? scales_of(scales, first, seen, room) : nullptr;
+        fetch<Of::KIND, 2>(values, at + first / 4 * Hd, BLOCK / 4 * Hd, at + seen * Hd);
+        for (int k = 0; k < BLOCK; k += KEYS) {
+            float* score = scores + (first + k) * HEADS;
+            const F e = Of::rounded(exponential<W>(load<F>(score) - most));
+            sums += e;
+            store(score, Of::KIND == INT8 ? e * by_key<W>(scale + k) : e);
+        }
+    }
+    return by_head<W>(sums, [](F a, F b) ALWAYS_INLINE { return a + b; });
+}
+
+// out (4, Hd) += weights (seen, 4)^T @ values (seen, Hd): some keys at a time, and of those P times PARTS vectors at a
+// time. `out` has them in the order of Of::place.
+template <class Of, int P>
+INLINE void mix(const float* weights, const void* values, int64_t at, int64_t seen, int64_t Hd, float* out) {
+    using F = typename Of::F;
+    constexpr int W = Of::W, TOGETHER = Of::TOGETHER, PARTS = Of::PARTS, COLUMNS = P * PARTS * W;
+    for (int64_t first = 0; first < seen; first += BLOCK) {
+        const int64_t last = std::min(first + BLOCK, seen);
+        typename Of::Word room[BLOCK * HEADS / 2];
+        float scales[HEADS] = {};
+        const auto* words = Of::words(weights + first * HEADS, room, scales);
+        int64_t next = at + first * Hd + AHEAD / size_of(Of::KIND);  // in order, though the values are not read in order
+        for (int64_t d = 0; d < Hd; d += COLUMNS) {
+            typename Of::Sum sum[HEADS][P][PARTS] = {};
+            for (int64_t k = first; k < last; k += TOGETHER) {
+                fetch<Of::KIND, 2>(values, next, TOGETHER * COLUMNS, at + seen * Hd);
+                next += TOGETHER * COLUMNS;
+#pragma GCC unroll 4
+                for (int i = 0; i < P; i++) {
+                    int64_t rows[TOGETHER];
+#pragma GCC unroll 4
+                    for (int j = 0; j < TOGETHER; j++) rows[j] = at + std::min(k + j, last - 1) * Hd + d + i * PARTS * W;
+                    const auto value = Of::values(values, rows);
+#pragma GCC unroll 16
+                    for (int p = 0; p < HEADS * PARTS; p++)
+                        sum[p / PARTS][i][p % PARTS] = Of::mix(sum[p / PARTS][i][p % PARTS], value.part[p % PARTS],
+                                                               words[(k - first) / TOGETHER * HEADS + p / PARTS]);
+                }
+            }
+#pragma GCC unroll 16
+            for (int p = 0; p < HEADS * P * PARTS; p++) {
+                const int h = p / (P * PARTS);
+                float* to = out + h * Hd + d + p % (P * PARTS) * W;
+                store(to, load<F>(to) + Of::total(sum[h][p / PARTS % P][p % PARTS], scales[h]));
+            }
+        }
+    }
+}
+
+}  // namespace
