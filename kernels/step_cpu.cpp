@@ -13,7 +13,7 @@
 #include <cmath>
 #include <utility>
 
-#include "attention_cpu.cpp"
+#include "attention_cpu.h"
 
 extern "C" __attribute__((weak)) void GOMP_barrier();
 
@@ -314,19 +314,24 @@ struct Thread {
     }
 };
 
+struct Job {
+    const Step* step;
+    int isa;
+};
+
 // Which thread this is, the region says: it may have fewer than were asked for.
 template <int W>
-INLINE void one_thread(const Step& s, int isa) {
+INLINE void one_thread(void* pointer) {
+    const auto [s, isa] = *static_cast<Job*>(pointer);
     const int threads = omp_get_num_threads ? omp_get_num_threads() : 1;
     const int thread = omp_get_thread_num ? omp_get_thread_num() : 0;
-    Thread<W>{s, instance(isa), Scratch(s, threads), thread, threads, s.B * s.T, isa == AVX512_BF16}.run();
+    Thread<W>{*s, instance(isa), Scratch(*s, threads), thread, threads, s->B * s->T, isa == AVX512_BF16}.run();
 }
 
-void step_portable(void* s, int64_t, int64_t) { one_thread<4>(*static_cast<Step*>(s), PORTABLE); }
+void step_portable(void* job, int64_t, int64_t) { one_thread<4>(job); }
 #ifdef X86
-TARGET_AVX2 void step_avx2(void* s, int64_t, int64_t) { one_thread<8>(*static_cast<Step*>(s), AVX2); }
-TARGET_AVX512 void step_avx512(void* s, int64_t, int64_t) { one_thread<16>(*static_cast<Step*>(s), AVX512); }
-TARGET_AVX512 void step_bf16(void* s, int64_t, int64_t) { one_thread<16>(*static_cast<Step*>(s), AVX512_BF16); }
+TARGET_AVX2 void step_avx2(void* job, int64_t, int64_t) { one_thread<8>(job); }
+TARGET_AVX512 void step_avx512(void* job, int64_t, int64_t) { one_thread<16>(job); }
 #endif
 
 }  // namespace
@@ -335,15 +340,14 @@ extern "C" {
 
 int64_t step_scratch(const Step* s, int threads) { return Scratch(*s, threads).bytes; }
 
-void step(Step* s, int isa, int threads) {
+void step(const Step* s, int isa, int threads) {
     Work work = step_portable;
-    (void)isa;
 #ifdef X86
     if (isa == AVX2) work = step_avx2;
-    if (isa == AVX512) work = step_avx512;
-    if (isa == AVX512_BF16) work = step_bf16;
+    if (isa >= AVX512) work = step_avx512;
 #endif
-    parallel(work, s, threads, GOMP_barrier ? threads : 1);
+    Job job{s, isa};
+    parallel(work, &job, threads, GOMP_barrier ? threads : 1);
 }
 
 }  // extern "C"

@@ -35,9 +35,9 @@ x = torch.randn(3, 64)
 error = float((layer(x) - x @ layer.dequantize().T).abs().max())
 model, tokenizer = minichat.load(cli.BASE, int4=True)
 [ids] = minichat.generate(model, [tokenizer.encode("1 + 1 =")], 3, stop_ids=())
-files = [minichat.__file__, cpu.SOURCE, int4_reference.__file__, *cli.BASE.parent.glob("*.args")]
+files = [minichat.__file__, *cpu.SOURCES, int4_reference.__file__, *cli.BASE.parent.glob("*.args")]
 print(json.dumps(dict(other=kernels.whose, version=version("minichat") if len(sys.argv) > 2 else "", error=error,
-    new=len(ids), commit=cli._commit(), files=[str(f) for f in files], there=cpu.SOURCE.is_file())))
+    new=len(ids), commit=cli._commit(), files=[str(f) for f in files], there=cpu.SOURCES[0].is_file())))
 """
 
 
@@ -111,7 +111,7 @@ def test_installed_beside_the_other_kernels(way, clone, wheel, tmp_path):
     assert found["other"] == "another" and found["there"] and found["commit"] is None
     assert found["error"] < 1e-2 and found["new"] == 3
     assert all(Path(file).is_relative_to(folder if way == "wheel" else clone) for file in found["files"])
-    assert len(found["files"]) == 5
+    assert len(found["files"]) == 6
     if way == "wheel":
         assert found["version"] == minichat.__version__
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,11 +22,12 @@ from minichat.kernels import _sources
 from minichat.kernels import int4_reference as reference
 from minichat.kernels.int4_reference import Packed
 
-SOURCE = _sources / "step_cpu.cpp"
-INCLUDED = [_sources / "attention_cpu.cpp", _sources / "int4_cpu.cpp"]  # by it
-FLAGS = ["-O2", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-Wno-psabi"]
+SOURCES = [_sources / "int4_cpu.cpp", _sources / "step_cpu.cpp"]  # compiled at once, each by one process
+INCLUDED = [_sources / "cpu.h", _sources / "attention_cpu.h"]
+FLAGS = ["-O2", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-Wno-psabi"]
+LINK = ["-shared"]
 if sys.platform == "darwin":
-    FLAGS += ["-undefined", "dynamic_lookup"]  # OpenMP's functions are found when it is loaded
+    LINK += ["-undefined", "dynamic_lookup"]  # OpenMP's functions are found when it is loaded
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Kind in the source
 ROWS = 16  # per block of the layout
@@ -218,7 +220,7 @@ def _build_and_load() -> ctypes.CDLL | None:
 
 def _build() -> Path:
     """The compiled library's path in the cache; compiles it if it is not there. Raises OSError, CalledProcessError."""
-    known = [file.read_bytes() for file in (SOURCE, *INCLUDED)], FLAGS, sys.platform, platform.machine()
+    known = [file.read_bytes() for file in SOURCES + INCLUDED], FLAGS, LINK, sys.platform, platform.machine()
     source = hashlib.sha256(repr(known).encode()).hexdigest()
     folder = cache_folder()
     try:
@@ -233,11 +235,16 @@ def _build() -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"minichat: compiling kernels/{SOURCE.name} (once, into {folder})", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = Path(scratch) / path.name
-        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+    print(f"minichat: compiling kernels/*_cpu.cpp (once, into {folder})", file=sys.stderr)
+
+    def compile_to(out: Path, *arguments: str | Path) -> Path:
+        command = [*compiler, *FLAGS, *map(str, arguments), "-o", str(out)]
         subprocess.run(command, capture_output=True, text=True, check=True)
+        return out
+
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor() as pool:
+        objects = pool.map(lambda source: compile_to(Path(scratch, source.name + ".o"), "-c", source), SOURCES)
+        built = compile_to(Path(scratch, path.name), *LINK, *objects)
         os.replace(built, path)  # whole or not at all, also when two processes build at once
     return path
 

@@ -7,9 +7,10 @@
 //
 // A cache of bf16 is read at the speed of memory if its numbers are multiplied two at a time; one of signed bytes only if
 // four are. So there are three ways to multiply, of which each names the layouts that suit it: Floats, Pairs, Bytes.
+#pragma once
 #include <type_traits>
 
-#include "int4_cpu.cpp"
+#include "cpu.h"
 
 namespace {
 
@@ -40,13 +41,6 @@ INLINE V by_head(V v, Of of) {
         v = of(v, pick(v, v, other));
     }
     return v;
-}
-
-// To the nearest bf16, as floats. Ties to even.
-template <int W>
-INLINE typename Lanes<W>::F to_bf16(typename Lanes<W>::F v) {
-    const auto bits = (typename Lanes<W>::U)v;
-    return (typename Lanes<W>::F)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
 }
 
 // Sums of the lanes of N vectors: of all lanes, in the order of the vectors, if there are as many as lanes; of four
@@ -82,14 +76,6 @@ INLINE typename Lanes<W>::F by_key(const float* numbers) {
     typename Lanes<W>::I key;
     for (int i = 0; i < W; i++) key[i] = i / HEADS;
     return pick(few, few, key);
-}
-
-// The largest magnitude of x (count).
-template <int W>
-INLINE float largest(const float* x, int64_t count) {
-    typename Lanes<W>::I sizes{};
-    for (int64_t i = 0; i < count; i += W) sizes = larger<W>(sizes, load<typename Lanes<W>::F>(x + i));
-    return largest<W>(sizes);
 }
 
 // What makes integers up to `top` of numbers up to `most`: 0 if there are none to make.
