@@ -254,8 +254,10 @@ def work(folder: Path, what: str, threads: int, scratch: Path) -> dict:
     if what.endswith("speculate"):
         return speculation(model)
     if what == "rest":
-        shares = {f"rest_at_{depth}": rest(model, depth, torch.bfloat16) for depth in (512, 4096)}
-        return {**shares, "rest_at_4096_int8_kv": rest(model, 4096, torch.int8)}
+        shares = {}
+        for name, depth, kv in (("512", 512, None), ("4096", 4096, None), ("4096_int8_kv", 4096, torch.int8)):
+            shares[f"rest_at_{name}"], shares[f"head_at_{name}"] = rest(model, depth, kv or torch.bfloat16)
+        return shares
     run(1, 4, 2)
     reader = scratch / "read"
     found["read_gb_per_s"] = float(subprocess.run([reader, str(threads)], capture_output=True, check=True).stdout)
@@ -276,8 +278,9 @@ def work(folder: Path, what: str, threads: int, scratch: Path) -> dict:
     return found
 
 
-def rest(model, depth: int, kv) -> dict:
-    """The share of a token's time that no weights are read in: the same loop with linears of no rows, and no head."""
+def rest(model, depth: int, kv) -> tuple[dict, dict]:
+    """Shares of a token's time: of the same loop with linears of no rows and no head, and of the head (INT8). The first
+    lacks SwiGLU, which has no rows then: 14,336 numbers a layer."""
     import torch
 
     from minichat import fused
@@ -301,12 +304,15 @@ def rest(model, depth: int, kv) -> dict:
         while True:
             start = time.perf_counter()
             hidden = step(ids[:, None], torch.tensor([[cache.filled]]))
-            ids = sample((logits if empty else model.lm_head(hidden)[:, -1]), Sampling(), None, None)
-            yield time.perf_counter() - start
+            before_head = time.perf_counter()
+            logits = logits if empty else model.lm_head(hidden)[:, -1]
+            head = time.perf_counter() - before_head
+            ids = sample(logits, Sampling(), None, None)
+            yield time.perf_counter() - start, head
 
     empty, whole = loop(True), loop(False)
-    times = [(next(empty), next(whole)) for _ in range(16)][2:]
-    return spread([a / b for a, b in times])
+    times = [(next(empty)[0], *next(whole)) for _ in range(16)][2:]
+    return spread([rest / whole for rest, whole, _ in times]), spread([head / whole for _, whole, head in times])
 
 
 def speculation(model) -> dict:
