@@ -254,9 +254,9 @@ def work(folder: Path, what: str, threads: int, scratch: Path) -> dict:
     if what.endswith("speculate"):
         return speculation(model)
     if what == "rest":
-        shares = {}
-        for name, depth, kv in (("512", 512, None), ("4096", 4096, None), ("4096_int8_kv", 4096, torch.int8)):
-            shares[f"rest_at_{name}"], shares[f"head_at_{name}"] = rest(model, depth, kv or torch.bfloat16)
+        shares, bf16 = {}, torch.bfloat16
+        for name, depth, kv in ((512, 512, bf16), (4096, 4096, bf16), ("4096_int8_kv", 4096, torch.int8)):
+            shares[f"rest_at_{name}"], shares[f"head_at_{name}"] = rest(model, depth, kv)
         return shares
     run(1, 4, 2)
     reader = scratch / "read"
@@ -486,7 +486,7 @@ def main() -> None:
     bf16 = measure(scratch, "transformers", 2, cache)
     print(f"transformers in bf16: {bf16}")
     shares = measure(scratch / "int4-g32", "rest", 2, cache)
-    print(f"of a token's time, without INT4 matmuls: {shares}")
+    print(f"of a token's time, what is no INT4 matmul: {shares}")
     memory = measure(scratch / "int4-g32", "memory", 2, cache)
     print(f"{DEPTH} tokens: {memory}")
     speculate = {

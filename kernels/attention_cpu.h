@@ -1,9 +1,9 @@
 // Attention of one token over the KV cache on the CPU: 4 query heads that share a key head, so that each key and value
 // is read once for them. step_cpu.cpp calls it.
 //
-//   score    scores (keys, 4) = queries (4, Hd) @ keys (seen, Hd)^T
+//   score    scores (seen, 4) = keys (seen, Hd) @ queries (4, Hd)^T
 //   softmax  scores to weights, not yet divided by their sums
-//   mix      out (4, Hd) = weights (keys, 4)^T @ values (seen, Hd)
+//   mix      out (4, Hd) = weights (seen, 4)^T @ values (seen, Hd)
 //
 // A cache of bf16 is read at the speed of memory if its numbers are multiplied two at a time; one of signed bytes only if
 // four are. So there are three ways to multiply, of which each names the layouts that suit it: Floats, Pairs, Bytes.
@@ -283,7 +283,7 @@ struct Bytes : Pairs<16, INT8> {
         const float most = largest<W>(q, Hd), inverse = inverse_of(127, most);
         int32_t start[4] = {};
         for (int64_t d = 0; d < Hd; d += W) {
-            const I whole = nearest<W>(::load<F>(q + d) * inverse);
+            const I whole = inverse > 0 ? nearest<W>(::load<F>(q + d) * inverse) : I{};
             for (int i = 0; i < W; i++) start[i % 4] -= 128 * whole[i];
             store(out + d * HEADS + h * 16, __builtin_convertvector(whole, Lanes<W>::B));
         }

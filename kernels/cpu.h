@@ -59,7 +59,7 @@ struct Instance {  // for one instruction set
     Work dequantize[2], quantize;
 };
 
-const Instance& instance(int isa);
+__attribute__((visibility("hidden"))) const Instance& instance(int isa);
 
 // ---- threads: torch's own OpenMP pool -------------------------------------------------------------------------------
 // GOMP_parallel is what compilers emit for `#pragma omp parallel`; GNU's, Intel's and LLVM's runtimes all have it. It
@@ -74,14 +74,14 @@ struct Shared {
     int64_t count;
 };
 
-inline void one_share(void* pointer) {
+static inline void one_share(void* pointer) {
     const Shared& shared = *static_cast<const Shared*>(pointer);
     const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
     shared.work(shared.job, shared.count * thread / threads, shared.count * (thread + 1) / threads);
 }
 
 // Each item is computed whole by one thread, so results do not depend on how many there are.
-inline void parallel(Work work, void* job, int64_t count, int threads) {
+static inline void parallel(Work work, void* job, int64_t count, int threads) {
     Shared shared{work, job, count};
     if (threads > 1 && GOMP_parallel && omp_get_num_threads && omp_get_thread_num)
         GOMP_parallel(one_share, &shared, static_cast<unsigned>(threads), 0);

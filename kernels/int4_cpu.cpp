@@ -266,7 +266,7 @@ INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last)
 
 template <int W, int BITS, int PLANES>
 INLINE void matmul_blocks(const Matmul& job, int64_t first, int64_t last) {
-    constexpr int T = W == 16 ? 16 : W == 8 ? 4 : 2;  // as many sums as the registers hold
+    constexpr int T = W == 16 ? 16 : W == 8 ? 4 : 2;  // as many sums as the registers hold (SSE's)
     constexpr int STREAMS = W == 16 ? 4 : W == 8 ? 2 : 1;  // decode: blocks at a time, fetched side by side
     const int64_t per_token = job.weight.K / CHUNK * static_cast<int64_t>(sizeof(Chunk<PLANES>));
     const int64_t tokens = std::max<int64_t>(1, L2_BYTES / per_token / T) * T;

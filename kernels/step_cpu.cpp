@@ -117,13 +117,10 @@ INLINE void rotate(float* x, const float* cos, const float* sin, int64_t Hd) {
 
 // A key or value of one token and head into its slot; a scale of bytes is their largest magnitude / 127, or NaN or
 // infinity if there is one among them, and the bytes are 0 then.
-template <Kind KIND>
+template <int W, Kind KIND>
 INLINE void keep(void* cache, float* scales, int64_t slot, const float* values, int64_t Hd) {
-    float largest = 0;
-    for (int64_t i = 0; KIND == INT8 && i < Hd; i++)
-        if (std::abs(values[i]) > largest || values[i] != values[i]) largest = std::abs(values[i]);
-    const float inverse = largest > 0x1p-100f ? 127 / largest : 0;
-    if (KIND == INT8) scales[slot] = largest / 127;
+    const float most = KIND == INT8 ? largest<W>(values, Hd) : 0, inverse = inverse_of(127, most);
+    if (KIND == INT8) scales[slot] = most / 127;
     for (int64_t i = 0; i < Hd; i++)
         if (KIND == FP32)
             static_cast<float*>(cache)[slot * Hd + i] = values[i];
@@ -156,8 +153,8 @@ INLINE void attend(const Step& s, const Layer& layer, const Scratch& mine, int64
         const float* v = k + s.KvH * s.Hd;
         for (int64_t g = 0; g < G; g++) rotate(q + g * s.Hd, cos, sin, s.Hd);
         rotate(k, cos, sin, s.Hd);
-        keep<KIND>(layer.keys, layer.key_scales, slot, k, s.Hd);
-        keep<KIND>(layer.values, layer.value_scales, slot, v, s.Hd);
+        keep<W, KIND>(layer.keys, layer.key_scales, slot, k, s.Hd);
+        keep<W, KIND>(layer.values, layer.value_scales, slot, v, s.Hd);
         for (int64_t g = 0; g < G; g += HEADS) {
             const int64_t heads = std::min<int64_t>(HEADS, G - g);
             typename Of::F by;
@@ -168,8 +165,9 @@ INLINE void attend(const Step& s, const Layer& layer, const Scratch& mine, int64
             score<Of>(queries, by, layer.keys, first, s.seen, s.Hd, mine.sees + m * mine.stride, key_scales, scores);
             const auto sums = softmax<Of>(scores, layer.values, first, s.seen, s.Hd, value_scales);
             std::fill(mixed, mixed + HEADS * s.Hd, 0.0f);
-            if (W == 16 && Of::PARTS == 2 && s.Hd % (4 * W) == 0)  // as many sums as there are registers for
-                mix<Of, 2>(scores, layer.values, first, s.seen, s.Hd, mixed);
+            constexpr int P = W == 16 && Of::PARTS == 2 ? 2 : 1;  // as many sums as there are registers for
+            if (P == 1 || s.Hd % (P * COLUMNS) == 0)
+                mix<Of, P>(scores, layer.values, first, s.seen, s.Hd, mixed);
             else
                 mix<Of, 1>(scores, layer.values, first, s.seen, s.Hd, mixed);
             float* out = mine.attended + (m * s.H + head * G + g) * s.Hd;

@@ -480,7 +480,9 @@ def test_what_was_compiled_runs_where_no_compiler_is(compiled, monkeypatch, tmp_
 def test_what_does_not_compile_means_the_reference(compiled, monkeypatch, tmp_path, capfd):
     broken = tmp_path / "int4_cpu.cpp"
     broken.write_text("int matmul( {")
-    monkeypatch.setattr(cpu, "SOURCES", [broken])
+    whole = tmp_path / "whole.cpp"
+    whole.write_text("")
+    monkeypatch.setattr(cpu, "SOURCES", [whole, broken])
     rebuilt(monkeypatch, MINICHAT_CACHE=tmp_path / "cache")
     assert kernels.for_device(torch.device("cpu")) is reference
     said = capfd.readouterr().err.splitlines()
@@ -569,10 +571,12 @@ SANITIZED = """if True:
         for Hd, kind, exact in (
             (32, torch.bfloat16, False), (32, torch.int8, True), (64, torch.int8, False), (32, torch.float32, True)
         ):
-            model = make(Hd=Hd, window=None if exact else 5, exact=exact)
-            step = fused.CpuStep(model, KVCache(model.config, 2, 11, torch.device("cpu"), kind))
+            model = make(5, 1, Hd, window=None if exact else 5, exact=exact)
+            step = fused.CpuStep(model, KVCache(model.config, 2, 43, torch.device("cpu"), kind))
             with torch.inference_mode():
-                for first, last in ((0, 4), (4, 5), (5, 6), (6, 9), (9, 10)):
+                for first, last in ((0, 4), (4, 5), (5, 38), (38, 39), (39, 42)):
+                    if last == 42:
+                        model.model.layers[0].input_layernorm.weight.fill_(float("nan"))
                     step(torch.ones(2, last - first, dtype=torch.int64), torch.arange(first, last).repeat(2, 1))
     print("clean", best)
 """

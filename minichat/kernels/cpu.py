@@ -29,7 +29,7 @@ LINK = ["-shared"]
 if sys.platform == "darwin":
     LINK += ["-undefined", "dynamic_lookup"]  # OpenMP's functions are found when it is loaded
 
-KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Kind in the source
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum Kind in cpu.h
 ROWS = 16  # per block of the layout
 
 # ---- the functions of a kernel ----
