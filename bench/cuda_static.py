@@ -37,13 +37,13 @@ NUMBERS = {"M": "i32", "N": "i32", "K": "i32", "parts": "i32", "eps": "fp32", "s
 NUMBERS |= {"count": "i32", "candidates": "i32", "top": "i32", "D": "i32"}
 
 
-def compiled(kernel, target: int, warps: int = 4, stages: int = 3, numbers: dict = NUMBERS, **constants):
-    """The kernel for a target; pointers and sizes are multiples of 16."""
-    types = {name: f"*{kind}" for name, kind in POINTERS.items()} | numbers
+def compiled(kernel, target: int, warps: int = 4, stages: int = 3, other: dict | None = None, **constants):
+    """The kernel for a target; pointers and sizes are multiples of 16, but for M and slots."""
+    types = {name: f"*{kind}" for name, kind in POINTERS.items()} | NUMBERS | (other or {})
     types = {name: types[name] for name in kernel.arg_names if name in types and name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = [i for i, name in enumerate(kernel.arg_names) if types.get(name, "fp32") not in ("fp32", "i64")]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if kernel.arg_names[i] != "M"}
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if kernel.arg_names[i] not in ("M", "slots")}
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     if constants.get("PDL"):
         options["launch_pdl"] = True
@@ -83,13 +83,16 @@ def longest_loop(code: str) -> list[str]:
     return longest
 
 
-def matmul(target: int, tokens: int, then: str, bits: int = 4, group: int = 128, symmetric: bool = True) -> dict:
+def matmul(
+    target: int, tokens: int, then: str, bits: int = 4, group: int = 128, symmetric: bool = True, kind: str = "bf16"
+) -> dict:
     """What linear_kernel is for so many tokens; instructions are those of all threads, for each weight of a tile."""
     BM = max(8, triton.next_power_of_2(tokens))
     BN, warps, stages, _ = int4.TABLES[target][BM]
+    of_kind = {name: f"*{kind}" for name in ("x", "out", "next_x", "next_norm", *(["codes"] if bits == 16 else []))}
     found = compiled(
-        int4.linear_kernel, target, warps, stages, BITS=bits, G=group, SYMMETRIC=symmetric, BN=BN, BM=BM, SPLIT=4,
-        NORM=then != "add", THEN=then, PARTS=64, ASM=True, PDL=target >= 90,
+        int4.linear_kernel, target, warps, stages, of_kind, BITS=bits, G=group, SYMMETRIC=symmetric, BN=BN, BM=BM,
+        SPLIT=4, NORM=then != "add", THEN=then, PARTS=64, ASM=True, PDL=target >= 90,
     )  # fmt: skip
     figures = examine(found.asm["cubin"])
     loop, weights = figures.pop("loop"), BN * int4.COLUMNS * (2 if then == "silu" else 1)
@@ -102,14 +105,21 @@ def matmul(target: int, tokens: int, then: str, bits: int = 4, group: int = 128,
 def others(target: int) -> dict[str, dict]:
     """The kernels beside the matmuls."""
     pdl = target >= 90
+
+    def attention(HD: int):
+        return compiled(
+            step.attention_kernel, target, 4, 2, {"scale": "fp32"}, KVH=8, GROUP=4, HD=HD, SPLIT=32, BS=step.KEYS,
+            ASM=True, PDL=pdl,
+        )  # fmt: skip
+
     found = {
-        "attention": compiled(
-            step.attention_kernel, target, 4, 2, {**NUMBERS, "scale": "fp32"}, KVH=8, GROUP=4, HD=128, SPLIT=32,
-            BS=step.KEYS, ASM=True, PDL=pdl,
-        ),
-        "embed": compiled(step.embed_kernel, target, BLOCK=64),
+        **{f"attention, heads of {HD}": attention(HD) for HD in (32, 64, 128, 256)},
+        "embed": compiled(step.embed_kernel, target, BLOCK=step.WIDTH),
         "dequantize": compiled(int4.dequantize_kernel, target, G=128, SYMMETRIC=True),
-    }  # fmt: skip
+        "quantize": compiled(
+            int4.quantize_kernel, target, other={"scale": "*fp32", "zero": "*fp32"}, G=128, BLOCK=2048 // 128
+        ),
+    }
     figures = {}
     for name, kernel in found.items():
         figures[name] = examine(kernel.asm["cubin"])
@@ -132,7 +142,12 @@ def main() -> None:
                 name = f"linear{then and '+' + then}, {tokens} token{'s' * (tokens > 1)}"
                 of[name] = matmul(target, tokens, then)
         of["linear, 1 token, groups of 32 with zero-points"] = matmul(target, 1, "", group=32, symmetric=False)
-        of["linear, 1 token, bf16 weights"] = matmul(target, 1, "", bits=16)
+        of["linear, 1 token, groups of 64"] = matmul(target, 1, "", group=64)
+        of["linear, 1 token, fp16"] = matmul(target, 1, "", kind="fp16")
+        for then in ("", "silu", "add"):
+            of[f"linear{then and '+' + then}, 1 token, bf16 weights"] = matmul(target, 1, then, bits=16)
+            if len(args.tokens) > 1:
+                of[f"linear{then and '+' + then}, 32 tokens, bf16 weights"] = matmul(target, 32, then, bits=16)
         of |= others(target)
         for name, figures in {} if args.json else of.items():
             share = figures.get("instructions_per_weight", "")

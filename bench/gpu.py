@@ -1,7 +1,7 @@
 """INT4 and bf16 on a GPU: limits, kernels, the model end to end, and peers on the same card, in one call.
 
     python bench/gpu.py --record                     # under 10 minutes; torch, triton and transformers; no network
-    python bench/gpu.py --gpt-fast FOLDER            # a copy of gpt-fast runs beside it
+    python bench/gpu.py --gpt-fast FOLDER            # a copy of gpt-fast runs beside it, 2.5 minutes more
     TRITON_INTERPRET=1 python bench/gpu.py --dry     # whether all of it runs: on the CPU, tiny, and no figures
 
 Weights have Mistral-7B's shape and are random, made on the card. Each part is a process of its own with a time limit;
@@ -148,7 +148,7 @@ def kernels(read_gb_per_s: float) -> dict:
         size = N * K // 2 + 2 * N * K // GROUP
         copies = 2 if DRY else 2 * cache // size + 2
         ours = [packed_weight(N, K) for _ in range(copies)]
-        floats = [torch.randn(N, K, device=where(), dtype=torch.bfloat16) for _ in range(max(2, copies // 4))]
+        floats = [torch.randn(N, K, device=where(), dtype=torch.bfloat16) for _ in range(max(2, -(-copies // 4)))]
         theirs = tinygemm_weights(N, K, copies)
         for M in (1, 16) if DRY else (1, 4, 16, 32, 64, 128):
             x = torch.randn(M, K, device=where(), dtype=torch.bfloat16)
@@ -215,18 +215,19 @@ def end_to_end(quantised: bool, read_gb_per_s: float, matmul_tflop_per_s: float)
     """Tokens/s with prefill and without, by prompt length and batch; prefill's arithmetic beside the card's."""
     import torch
 
-    from minichat.generation import Sampling, decode
+    from minichat.generation import Kept, Sampling, decode
 
     model, found = make_model(quantised), {}
     plan = [(1, 32), (1, 128), (1, 2048), (4, 32), (16, 32), (32, 32)] if quantised else [(1, 32), (1, 2048)]
     for rows, length in [(1, 8), (4, 8)] if DRY else plan:
         prompts = torch.randint(3, VOCAB, (rows, length)).tolist()
+        kept = Kept()  # as in a conversation: to record the graph is part of the first answer alone
 
-        def run(new: int, prompts=prompts) -> tuple[float, float]:
+        def run(new: int, prompts=prompts, kept=kept) -> tuple[float, float]:
             """Seconds in all, and to the first token."""
             wait()
             start = time.perf_counter()
-            steps = decode(model, prompts, new, Sampling(0.8, top_k=200, seed=1), ())
+            steps = decode(model, prompts, new, Sampling(0.8, top_k=200, seed=1), (), kept=kept)
             next(steps)
             first = time.perf_counter() - start
             for _ in steps:

@@ -280,7 +280,8 @@ def pack(q: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Packed:
     group_size = reference.check(q, scale, zero, bits)
     (N, K) = q.shape
     if not serves(N, K, group_size, bits):
-        _warn(N, K, group_size, bits)
+        columns, groups = f"INT4 weights of {K} columns", f"INT4 weights in groups of {group_size}"
+        _warn("INT8 weights" if bits == 8 else columns if K % COLUMNS else groups)
         return reference.pack(q, scale, zero, bits)
     runs = _blocks(q).view(-1, ROWS, K // COLUMNS, 4, 32).to(torch.int16)
     words = runs[..., 0, :] | runs[..., 1, :] << 4 | runs[..., 2, :] << 8 | runs[..., 3, :] << 12
@@ -362,6 +363,15 @@ def quantize(
     return q, scale, None if symmetric else zero
 
 
+def try_out(device: torch.device) -> None:
+    """Raises what goes wrong when a weight is multiplied there: no C compiler, another Triton, an unknown card."""
+    q, scale = torch.full((ROWS, COLUMNS), 9, dtype=torch.uint8, device=device), torch.ones(ROWS, 1, device=device)
+    x = torch.ones(1, COLUMNS, dtype=torch.bfloat16, device=device)
+    found = matmul(x, pack(q, scale.bfloat16(), None, 4)).unique().tolist()
+    if found != [COLUMNS]:
+        raise ArithmeticError(f"the kernel says {found} where {COLUMNS} is right")
+
+
 # ---- calling the kernels --------------------------------------------------------------------------------------------
 def linear(x: Tensor, weight: Packed | Tensor, out: Tensor, norm=None, then: str = "", next_norm=None) -> int:
     """linear_kernel over x (M, K), M at most 128, into out (M, N); of one stream at a time on each device.
@@ -371,7 +381,7 @@ def linear(x: Tensor, weight: Packed | Tensor, out: Tensor, norm=None, then: str
     """
     (M, K), N = x.shape, out.shape[1]
     packed = isinstance(weight, Packed)
-    BN, warps, stages, SPLIT = tiling(x.device, M, N, K, 2 if then == "silu" else 1)
+    BN, warps, stages, SPLIT = tiling(x.device, M, N, K, 2 if then == "silu" else 1, packed)
     BM = max(8, triton.next_power_of_2(M))
     partial, arrived = workspace(x.device)
     squares, parts, eps = norm or (None, 0, 0.0)
@@ -389,11 +399,12 @@ def linear(x: Tensor, weight: Packed | Tensor, out: Tensor, norm=None, then: str
     return tiles
 
 
-def tiling(device: torch.device, M: int, N: int, K: int, weights: int = 1) -> tuple[int, int, int, int]:
+def tiling(device: torch.device, M: int, N: int, K: int, weights: int, packed: bool) -> tuple[int, int, int, int]:
     """Rows of a tile, warps, stages, and how many programs share a tile's columns; of M tokens by weights of N rows."""
     kind, multiprocessors = card(device)
     BM = max(8, triton.next_power_of_2(M))
-    BN, warps, stages, each = tuned(device).get(f"{BM} {weights * N} {K}") or TABLES[kind][BM]
+    known = tuned(device) if packed else {}  # tiles that were timed over INT4: floats take four times the memory
+    BN, warps, stages, each = known.get(f"{BM} {weights * N} {K}") or TABLES[kind][BM]
     tiles = triton.cdiv(N, BN)
     split = min(round(each * multiprocessors / tiles), K // COLUMNS, WORKSPACE // (weights * tiles * BN * BM))
     return BN, warps, stages, max(1, split)
@@ -448,9 +459,9 @@ def is_ours(packed: Packed) -> bool:
 
 
 @functools.cache
-def _warn(N: int, K: int, group_size: int, bits: int) -> None:
+def _warn(what: str) -> None:
     print(
-        f"minichat: INT{bits} weights ({N}, {K}) in groups of {group_size} run on the slow reference: the CUDA kernel "
-        "takes 4 bits, columns in multiples of 128, and groups of 32, 64 or multiples of 128",
+        f"minichat: {what} run on the slow reference: the CUDA kernel takes 4 bits, columns in multiples of 128, and "
+        "groups of 32, 64 or multiples of 128",
         file=sys.stderr,
     )

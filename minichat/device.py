@@ -195,9 +195,11 @@ class _CudaGraphs:
         static = [x.clone() for x in inputs]
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            outputs = self.function(*static)
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                outputs = self.function(*static)
+        finally:  # whoever goes on after Ctrl-C comes after it too
+            current.wait_stream(self.stream)
         self.kinds[kind] = [static]
         return outputs
 

@@ -4,6 +4,8 @@ A reader may skip this: `model.Decoder` computes the same, and is what runs ever
 """
 
 import ctypes
+import functools
+import sys
 from collections.abc import Callable
 
 import torch
@@ -31,9 +33,16 @@ def decoder(model: nn.Module, cache: KVCache) -> Forward:
     if model.device.type == "cuda" and kernels.for_device(model.device) is not kernels.named("int4_reference"):
         from minichat import fused_cuda  # which needs triton
 
-        if fused_cuda.fits(model, cache):
+        why = fused_cuda.misfit(model, cache)
+        if why is None:
             return fused_cuda.CudaStep(model, cache)
+        _say(f"minichat: tokens are decoded module by module, which is slower: {why}")
     return lambda ids, positions: model.model(ids, positions, cache)
+
+
+@functools.cache  # once
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def fits(model: nn.Module) -> bool:
@@ -54,7 +63,7 @@ def _struct(name: str, *fields: tuple[str, object]) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": [(n, kind) for names, kind in fields for n in names.split()]})
 
 
-# as they are in kernels/*_cpu.cpp
+# as they are in kernels/cpu.h and step_cpu.cpp
 _pointer, _integer = ctypes.c_void_p, ctypes.c_int64
 _Weight = _struct("_Weight", ("words scale zero", _pointer), ("N K G", _integer), ("scale_kind", ctypes.c_int))
 _Layer = _struct(

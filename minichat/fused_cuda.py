@@ -17,18 +17,27 @@ MOST_ROWS = 32  # of a batch: beyond, the sums of gate and up are more than a th
 BUFFERS = ("codes", "scale", "zero")
 
 
-def fits(model: nn.Module, cache: KVCache) -> bool:
-    """Whether this step computes the model: bf16, blocks of plain or INT4 linears with nothing attached to them."""
-    config = model.config
-    if model.dtype != torch.bfloat16 or cache.k[0].dtype != model.dtype or len(cache.positions) > MOST_ROWS:
-        return False
+def misfit(model: nn.Module, cache: KVCache) -> str | None:
+    """Why this step does not compute the model, as it does bf16 with blocks of plain or INT4 linears, to which nothing
+    is attached; else None. Weights that it would read are joined either way: a graph of the modules reads those too."""
+    config, groups = model.config, [group for block in model.model.layers for group in _groups(block)]
+    if model.dtype != torch.bfloat16:
+        return f"the model is {str(model.dtype)[6:]}, not bfloat16"
+    if not all(map(_joinable, groups)):
+        return "an adapter, a bias, or weights that the CUDA kernel does not take"
+    for group in groups:
+        _joined(group)
+    if cache.k[0].dtype != model.dtype:
+        return f"the KV cache is {str(cache.k[0].dtype)[6:]}, not bfloat16"
+    if len(cache.positions) > MOST_ROWS:
+        return f"{len(cache.positions)} rows at once, more than {MOST_ROWS}"
     if config.head_dim not in (32, 64, 128, 256) or config.hidden_size % int4_triton.COLUMNS:
-        return False
+        return f"heads of {config.head_dim} numbers, a hidden size of {config.hidden_size}"
     if config.num_attention_heads > 16 * config.num_key_value_heads:
-        return False
+        return f"{config.num_attention_heads} heads over {config.num_key_value_heads} of keys, more than 16 each"
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules()):
-        return False
-    return all(_joinable(group) for block in model.model.layers for group in _groups(block))
+        return "a module has a hook"
+    return None
 
 
 def _groups(block: nn.Module) -> list[list[nn.Module]]:

@@ -41,7 +41,8 @@ def main() -> None:
     table = dict(int4_triton.tuned(where))
     for tokens, (N, K) in itertools.product(args.tokens, shapes):
         name = f"{max(8, 1 << (tokens - 1).bit_length())} {N} {K}"
-        before, best, found = tune(where, tokens, N, K, name, "silu" if shapes[2] == (N, K) else "")
+        with torch.cuda.device(where):  # events and graphs are of the current one
+            before, best, found = tune(where, tokens, N, K, name, "silu" if shapes[2] == (N, K) else "")
         table[name] = found
         print(f"{name}: {before:.1f} -> {best:.1f} microseconds with {found}", flush=True)
         file.parent.mkdir(parents=True, exist_ok=True)

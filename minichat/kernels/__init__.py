@@ -57,6 +57,11 @@ def _has_triton(device: torch.device) -> bool:
         why = "triton is not installed: pip install triton"
     elif major < 8:
         why = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and the kernel needs 8.0"
+    else:
+        try:
+            named("int4_triton").try_out(device)
+        except Exception as error:  # each is another kind of error
+            why = " ".join(str(error).split())[:200] or type(error).__name__
     if why:
-        print(f"minichat: INT4 runs on the slow reference: {why}", file=sys.stderr)
+        print(f"minichat: no CUDA kernel, so INT4 and decoding run on the slow reference: {why}", file=sys.stderr)
     return why is None
