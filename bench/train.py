@@ -12,16 +12,20 @@ then each measurement is an epoch in a process of its own, and rounds alternate.
 """
 
 import argparse
+import contextlib
+import gc
 import json
 import os
 import platform
 import random
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -42,8 +46,9 @@ def lengths(rng: random.Random, *parts: tuple[float, float]) -> list[int]:
     return [max(8, round(mean * rng.lognormvariate(-sigma * sigma / 2, sigma))) for mean, sigma in parts]
 
 
-def records(what: str, count: int) -> list:
-    """Examples of about 450 tokens, half of them learnt; or pairs of about 230 of prompt, 170 chosen, 300 rejected."""
+def records(what: str, count: int, longest: int = LONGEST, prompts: int = LONGEST // 2) -> list:
+    """Examples of about 450 tokens, half of them learnt; or pairs of about 230 of prompt, 170 chosen, 300 rejected.
+    longest, prompts: what those are cut to."""
     from minichat.examples import Example, Pair
 
     rng = random.Random(what)
@@ -52,13 +57,13 @@ def records(what: str, count: int) -> list:
     for _ in range(count):
         if what == "sft":
             prompt, answer = lengths(rng, (230, 0.8), (220, 0.8))
-            prompt = min(prompt, LONGEST // 2)
-            answer = min(answer, LONGEST - prompt)
+            prompt = min(prompt, prompts)
+            answer = min(answer, longest - prompt)
             found.append(Example(draw(prompt + answer), [0] * prompt + [1] * answer))
         else:
             prompt, chosen, rejected = lengths(rng, (230, 0.85), (170, 0.95), (300, 0.65))
-            prompt = min(prompt, LONGEST // 2)
-            room = LONGEST - prompt
+            prompt = min(prompt, prompts)
+            room = longest - prompt
             found.append(Pair(draw(prompt), draw(min(chosen, room)), draw(min(rejected, room))))
     return found
 
@@ -191,8 +196,8 @@ SEVEN = dict(
     num_key_value_heads=8, head_dim=128, sliding_window=4096, max_position_embeddings=32768, rms_norm_eps=1e-5,
 )  # fmt: skip
 TINY = SEVEN | dict(vocab_size=2000, hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=8)
-PARTS = ("matmul", "sft-2048", "peer-2048", "dpo", "compiled-2048", "sft-4096", "peer-4096", "full-2048")
-SECONDS = 590  # of all parts of the GPU's run
+PARTS = ("matmul", "sft-2048", "peer-2048", "dpo", "full-2048", "compiled-2048", "sft-4096", "peer-4096")
+SECONDS = 540  # of all parts of the GPU's run
 LIMIT = 150  # of one part: what hangs or compiles for long takes the time of two others at most
 STEPS = 12  # of a part, the first two of them to warm up
 
@@ -259,38 +264,36 @@ def part_of_gpu(part: str, tiny: bool) -> dict:
         times = []
         for _ in range(12):
             start = time.perf_counter()
-            (a @ b).sum().item()
+            for _ in range(10):
+                product = a @ b
+            product[0, 0].item()  # waits
             times.append(time.perf_counter() - start)
-        return {"tflops": 2 * n**3 / statistics.median(times[2:]) / 1e12}
+        return {"tflops": 10 * 2 * n**3 / statistics.median(times[2:]) / 1e12}
     kind, _, length = part.partition("-")
     length = min(int(length or 0), 256) if tiny else int(length or 0)
     run = peer_on_gpu if kind == "peer" else ours_on_gpu
     for rows in (4, 2, 1) if kind == "dpo" else (8, 4, 2, 1):
-        try:
-            found = {"rows": rows, **run(kind, length, rows, where)}
-            break
-        except torch.OutOfMemoryError:
-            if rows == 1:
-                return {"fits": False}
-            torch.cuda.empty_cache()
-    if not tiny:
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return found
+        with contextlib.suppress(torch.OutOfMemoryError):  # whose traceback holds all that the attempt has made
+            return {"rows": rows, **run(kind, length, rows, where)}
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return {"fits": False}
 
 
 def ours_on_gpu(kind: str, length: int, rows: int, where) -> dict:
     """sft: LoRA, packed; compiled: the same with --compile; full: all weights, 8-bit moments, checkpointing; dpo:
-    NeuralHermes' recipe, over INT4."""
+    NeuralHermes' recipe (prompts of 1,024 tokens at most, sequences of 1,536), over NF4."""
     import torch
 
     from minichat import data, device, lora, plan, training
-    from minichat.int4 import Scheme
+    from minichat.int4 import NF4
     from minichat.metrics import Metrics
     from minichat.model import Config
 
     config = Config(**(TINY if where.type == "cpu" else SEVEN))
-    model = random_model(config, where, Scheme() if kind == "dpo" else None)
-    again = [] if kind in ("sft", "compiled") else ["block"]
+    model = random_model(config, where, NF4 if kind == "dpo" else None)
+    again = ["block"] if kind == "full" else []
     attach = lambda m: m.requires_grad_(True) if kind == "full" else lora.attach(m, RANK, RANK, 0.05)  # noqa: E731
     attach(model)
     model.model.compute_again(*again or [""])
@@ -300,7 +303,7 @@ def ours_on_gpu(kind: str, length: int, rows: int, where) -> dict:
     method, items = training.sft(), None
     if kind == "dpo":  # 16 pairs a step
         settings.accumulate, method = 16 // rows, training.dpo()
-        items = records("dpo", 16 * STEPS)
+        items = records("dpo", 16 * STEPS, 1536, 1024)
     else:
         settings.optimizer = "adamw8bit" if kind == "full" else "adamw"
         items = records("sft", STEPS * rows * max(2, length // 400) + 8)
@@ -312,18 +315,19 @@ def ours_on_gpu(kind: str, length: int, rows: int, where) -> dict:
         lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     seconds = [b["seconds"] - a["seconds"] for a, b in zip(lines[1:], lines[2:])]
     tokens = lines[-1]["tokens"] - lines[1]["tokens"]
+    measured = {
+        "tokens_per_s": tokens / sum(seconds),
+        "step_seconds": spread(seconds),
+        "peak_gib": device.peak_memory_gib(where),
+        **{key: lines[-1][key] for key in ("graphs", "recompiled") if key in lines[-1]},
+        **({"projected_minutes_of_200_steps": statistics.median(seconds) * 200 / 60} if kind == "dpo" else {}),
+    }
+    print(json.dumps({"rows": rows, **measured}), flush=True)  # if the plan takes too long, this stays
     batch = training.largest(data.Mix([items]), settings, method, where)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     plain = plan.make(config, model.scheme, dtype, attach, method, batch)
     made = plan.make(config, model.scheme, dtype, attach, method, batch, settings.accumulate, again) if again else plain
-    return {
-        "tokens_per_s": tokens / sum(seconds),
-        "step_seconds": spread(seconds),
-        "flops_per_token": plain.flops_per_token,
-        "planned": str(made),
-        **{key: lines[-1][key] for key in ("graphs", "recompiled") if key in lines[-1]},
-        **({"projected_minutes_of_200_steps": statistics.median(seconds) * 200 / 60} if kind == "dpo" else {}),
-    }
+    return {**measured, "flops_per_token": plain.flops_per_token, "planned": str(made)}
 
 
 def peer_on_gpu(kind: str, length: int, rows: int, where) -> dict:
@@ -353,30 +357,44 @@ def peer_on_gpu(kind: str, length: int, rows: int, where) -> dict:
         ids = torch.randint(3, shape["vocab_size"], (rows, length), device=where)
         labels = ids.masked_fill(torch.rand(ids.shape, device=where) < 0.5, -100)
         start = time.perf_counter()
-        model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+        with torch.autocast(where.type, torch.bfloat16, enabled=where.type == "cuda"):  # as the Trainer's bf16=True
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         trained[0].flatten()[0].item()
         seconds.append(time.perf_counter() - start)
-    return {"tokens_per_s": rows * length / statistics.median(seconds[2:]), "step_seconds": spread(seconds[2:])}
+    found = {"tokens_per_s": rows * length / statistics.median(seconds[2:]), "step_seconds": spread(seconds[2:])}
+    return {**found, "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if where.type == "cuda" else None}
 
 
-def gpu(tiny: bool) -> dict:
-    """Every part that there is time for, and what follows from them."""
+def gpu(tiny: bool, keep: Callable[[dict], None]) -> None:
+    """Every part that there is time for, and what follows from them; kept after each, for whoever stops it."""
     start, found = time.perf_counter(), {}
     for part in PARTS:
         left = min(LIMIT, SECONDS - (time.perf_counter() - start))
         if left < 10:
             break
         command = [sys.executable, "-W", "ignore", __file__, "--gpu", "--work", part, *(["--tiny"] if tiny else [])]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=left)
-            failed = done.stderr[-1000:] if done.returncode else None
-        except subprocess.TimeoutExpired:
-            failed = f"no result in {left:.0f} s"
-        found[part] = {"failed": failed} if failed else json.loads(done.stdout.splitlines()[-1])
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        with subprocess.Popen(command, **pipes) as child:
+            failed = None
+            try:
+                out, err = child.communicate(timeout=left)
+                failed = err[-1000:] if child.returncode else None
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)  # what it started holds memory of the card too
+                out, _ = child.communicate()
+                failed = f"no result in {left:.0f} s"
+        printed = [line for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
+        found[part] = (json.loads(printed[-1]) if printed else {}) | ({"failed": failed} if failed else {})
         print(f"{part}: {found[part]}", flush=True)
+        keep({"parts": found, "ratios": ratios_of(found)})
+
+
+def ratios_of(found: dict) -> dict:
+    """What follows from the parts that there are."""
     peak = found.get("matmul", {}).get("tflops")
     ratios = {}
     for part, one in found.items():
@@ -388,7 +406,7 @@ def gpu(tiny: bool) -> dict:
         plain = found.get(part.replace("compiled", "sft"), {})
         if part.startswith("compiled") and "tokens_per_s" in one and "tokens_per_s" in plain:
             ratios[f"{part}_gain"] = one["tokens_per_s"] / plain["tokens_per_s"]
-    return {"parts": found, "ratios": ratios}
+    return ratios
 
 
 # ---- the run ----
@@ -433,9 +451,8 @@ def main() -> None:
         print(json.dumps(work(args.work, args.who, args.scratch, args.steps, args.check)))
         return
     if args.plan or args.gpu:
-        found = plans() if args.plan else gpu(args.tiny)
-        if args.record:
-            write("plan" if args.plan else "cuda", found)
+        keep = (lambda found: write("plan" if args.plan else "cuda", found)) if args.record else (lambda found: None)
+        keep(plans()) if args.plan else gpu(args.tiny, keep)
         return
     kinds = [args.only] if args.only else ["sft", "dpo"]
     with tempfile.TemporaryDirectory() as thrown_away:
@@ -466,16 +483,17 @@ def main() -> None:
     for name, value in ratios.items():
         print(f"{name}: {value}")
     if args.record:
-        for found in (stored, *(run for one in rounds for sides in one.values() for run in sides.values())):
-            del found["losses"]
+        for found in (stored or {}, *(run for one in rounds for sides in one.values() for run in sides.values())):
+            found.pop("losses", None)
         model = f"{LAYERS} layers of width {HIDDEN}, {VOCAB} tokens, fp32; LoRA of rank {RANK} on every linear"
         found = {"model": model, "losses_differ_by": apart, "rounds": rounds, "trl_without_checkpointing": stored}
         write("cpu", {**found, "ratios": ratios})
 
 
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+def commit() -> str | None:
+    with contextlib.suppress(OSError):  # no git there
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
 
 
 def write(name: str, found: dict) -> None:

@@ -179,17 +179,18 @@ class Documents:
 
     def _each(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One sequence after the other. A trunk and what comes next to it are one as they are."""
-        found, start = [], 0
+        counts = [n for trunk, *forks in self.lengths for n in (trunk + sum(forks[:1]), *forks[1:])]
+        # one cut for all: the gradient of a slice is as long as the row; and as (B, T, H, Hd), see below
+        cut = [x.transpose(1, 2).split(counts, dim=1) for x in (q, k, v)]
+        pieces = iter([[x.transpose(1, 2) for x in piece] for piece in zip(*cut)])
+        found = []
         for trunk, *forks in self.lengths:
-            end = start + trunk + sum(forks[:1])
-            one = slice(start, end)
-            found.append(attention(q[:, :, one], k[:, :, one], v[:, :, one], self.view(end - start, end - start)))
+            q, k, v = next(pieces)
+            found.append(attention(q, k, v, self.view(q.shape[2], q.shape[2])))
             for n in forks[1:]:
-                at, head = slice(end, end + n), slice(start, start + trunk)
-                keys, values = (torch.cat([x[:, :, head], x[:, :, at]], dim=2) for x in (k, v))
-                found.append(attention(q[:, :, at], keys, values, self.view(n, trunk + n)))
-                end += n
-            start = end
+                q, *own = next(pieces)
+                keys, values = (torch.cat([x[:, :, :trunk], y], dim=2) for x, y in zip((k, v), own))
+                found.append(attention(q, keys, values, self.view(n, trunk + n)))
         if len(found) == 1:
             return found[0]
         # put together as (B, T, H, Hd), which is how the next linear wants them: no other copy

@@ -224,7 +224,7 @@ def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_si
     group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled, matrices only")
     group.add_argument("--gradient-checkpointing", nargs="?", const="block", choices=["attention", "mlp", "block"],
                        metavar="WHAT", help="compute the activations of every attention, mlp or (without a word) whole "
-                       "block again in the backward pass: less memory, a third more time")  # fmt: skip
+                       "block again in the backward pass: less memory, a third to half more time")  # fmt: skip
     group.add_argument("--memory-budget", type=float, metavar="GIB", help="compute as much again as a micro-batch "
                        "needs to fit (estimated on shapes, in a minute for a 7B)")  # fmt: skip
     group.add_argument("--compile", action="store_true", help="compile the blocks, once for all lengths: needs a C++ "

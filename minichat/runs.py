@@ -221,13 +221,20 @@ def train(
         if args.compile and last:  # nothing where --resume had nothing left to do
             say(f"compiled: {last['graphs']} graphs, {last['recompiled']} of them after the first step")
         if args.tflops and last:
-            share = last["tokens_per_s"] * useful / args.tflops / 1e12
+            rate = overall(metrics.read(args.out)) if first else last["tokens_per_s"]
+            share = rate * useful / args.tflops / distributed.world() / 1e12
             say(
-                f"measured: {last['tokens_per_s']:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; peak "
+                f"measured: {rate:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; peak "
                 f"{device.peak_memory_gib(model.device):.2f} GiB, planned {planned.peak / plan.GIB:.2f}"
             )
         if args.emulate != "meta":  # which has kept nothing
             say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
+
+
+def overall(lines: Sequence[dict]) -> float:
+    """Tokens/s after the first logged step, which warms up; of a single one, its own."""
+    seconds = lines[-1]["seconds"] - lines[0]["seconds"]
+    return (lines[-1]["tokens"] - lines[0]["tokens"]) / seconds if seconds else lines[-1]["tokens_per_s"]
 
 
 def begin(args: argparse.Namespace, what: str, resumes: bool, bad: Sequence[str]) -> None:
@@ -322,7 +329,14 @@ def make_plan(
     epoch = sum(items.lengths()) / len(items) * sum(items.counts)
     tokens = epoch / training.count_steps(items, replace(settings, steps=None, epochs=1)) * steps
     flops = tokens * found.flops_per_token
-    hours = f", {flops / args.tflops / 3.6e15:.2f} h at {args.tflops:g} TFLOP/s" if args.tflops else ""
+    if referenced:  # every pair that is seen goes through the reference once
+        flops += min(tokens, epoch) * 2 * found.weights
+    several = f" in {distributed.world()} processes" if distributed.world() > 1 else ""
+    hours = flops / (args.tflops or 1) / distributed.world() / 3.6e15
+    hours = f", {hours:.2f} h at {args.tflops:g} TFLOP/s{several}" if args.tflops else ""
+    if referenced and args.reference:
+        both = 2 * found.parts["weights"] / plan.GIB
+        say(f"plan: before, the weights of --reference are there too: {both:.2f} GiB of both")
     say(f"plan: {steps:,} steps, {tokens / 1e6:,.2f} M tokens, {flops / 1e15:,.3f} PFLOP{hours}")
     return found, (of([""]) if any(found.again) else found).flops_per_token
 
