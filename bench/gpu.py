@@ -2,7 +2,7 @@
 
     python bench/gpu.py --record                     # under 10 minutes; torch, triton and transformers; no network
     python bench/gpu.py --gpt-fast FOLDER            # a copy of gpt-fast runs beside it, 2.5 minutes more
-    TRITON_INTERPRET=1 python bench/gpu.py --dry     # whether all of it runs: on the CPU, tiny, and no figures
+    python bench/gpu.py --dry                        # whether all but gpt-fast runs: on the CPU, tiny
 
 Weights have Mistral-7B's shape and are random, made on the card. Each part is a process of its own with a time limit;
 one that fails says so and leaves the others. Kernels run as graphs over copies that fill the cache twice. Decoding is
@@ -25,6 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 DRY = "--dry" in sys.argv
+if DRY:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 D, INNER, LAYERS, HEADS, KV_HEADS, VOCAB = (256, 384, 2, 4, 2, 512) if DRY else (4096, 14336, 32, 32, 8, 32000)
 HD = D // HEADS
 NEW, REPEATS = (8, 2) if DRY else (200, 5)
@@ -405,6 +407,12 @@ def main() -> None:
     if args.part:
         print(json.dumps(run_part(args.part, args)))
         return
+    if args.gpt_fast and not (args.gpt_fast / "generate.py").is_file():
+        parser.error(f"--gpt-fast {args.gpt_fast} has no generate.py; give it a copy of gpt-fast")
+    if args.only and "gpt_fast" in args.only and not args.gpt_fast:
+        parser.error("--only gpt_fast needs --gpt-fast FOLDER")
+    if args.record and (args.only or DRY):
+        parser.error("--record takes all parts on a card; leave out --only and --dry")
     import torch
 
     if not DRY and not torch.cuda.is_available():
@@ -413,7 +421,7 @@ def main() -> None:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     content = {
-        "command": "python bench/gpu.py --record",
+        "command": "python bench/gpu.py" + " --record" * args.record + " --dry" * DRY,
         "commit": commit.strip() or None,
         "machine": "the CPU" if DRY else torch.cuda.get_device_name(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
