@@ -451,8 +451,15 @@ def main() -> None:
         print(json.dumps(work(args.work, args.who, args.scratch, args.steps, args.check)))
         return
     if args.plan or args.gpu:
-        keep = (lambda found: write("plan" if args.plan else "cuda", found)) if args.record else (lambda found: None)
-        keep(plans()) if args.plan else gpu(args.tiny, keep)
+
+        def keep(found: dict) -> None:
+            if args.record:
+                write("plan" if args.plan else "cuda", found)
+
+        if args.plan:
+            keep(plans())
+        else:
+            gpu(args.tiny, keep)
         return
     kinds = [args.only] if args.only else ["sft", "dpo"]
     with tempfile.TemporaryDirectory() as thrown_away:

@@ -33,6 +33,7 @@ def decoder(model: nn.Module, cache: KVCache) -> Forward:
     if model.device.type == "cuda" and kernels.for_device(model.device) is not kernels.named("int4_reference"):
         from minichat import fused_cuda  # which needs triton
 
+        fused_cuda.join(model)
         why = fused_cuda.misfit(model, cache)
         if why is None:
             return fused_cuda.CudaStep(model, cache)

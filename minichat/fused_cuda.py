@@ -19,14 +19,12 @@ BUFFERS = ("codes", "scale", "zero")
 
 def misfit(model: nn.Module, cache: KVCache) -> str | None:
     """Why this step does not compute the model, as it does bf16 with blocks of plain or INT4 linears, to which nothing
-    is attached; else None. Weights that it would read are joined either way: a graph of the modules reads those too."""
-    config, groups = model.config, [group for block in model.model.layers for group in _groups(block)]
+    is attached; else None."""
+    config = model.config
     if model.dtype != torch.bfloat16:
         return f"the model is {str(model.dtype)[6:]}, not bfloat16"
-    if not all(map(_joinable, groups)):
+    if not _all_joinable(model):
         return "an adapter, a bias, or weights that the CUDA kernel does not take"
-    for group in groups:
-        _joined(group)
     if cache.k[0].dtype != model.dtype:
         return f"the KV cache is {str(cache.k[0].dtype)[6:]}, not bfloat16"
     if len(cache.positions) > MOST_ROWS:
@@ -58,6 +56,18 @@ def _joinable(linears: list[nn.Module]) -> bool:
         return False
     same = len({(x.group_size, x.symmetric, x.scale.dtype) for x in linears}) == 1
     return same and all(x.out_features % int4_triton.ROWS == 0 for x in linears)
+
+
+def _all_joinable(model: nn.Module) -> bool:
+    return all(_joinable(group) for block in model.model.layers for group in _groups(block))
+
+
+def join(model: nn.Module) -> list[list[Packed | Tensor]]:
+    """The weights that the step reads, of each block, where they are to stay; none of a model that it cannot read. To
+    be called before a graph is recorded, of the modules too: it would go on with weights that have moved."""
+    if not _all_joinable(model):
+        return []
+    return [[_joined(linears) for linears in _groups(block)] for block in model.model.layers]
 
 
 @torch.inference_mode(False)  # or training could not go on from them
@@ -95,7 +105,7 @@ class CudaStep:
     def __init__(self, model: nn.Module, cache: KVCache):
         config, self.model, self.cache = model.config, model, cache
         rows, D = len(cache.positions), config.hidden_size
-        self.blocks = [[_joined(linears) for linears in _groups(block)] for block in model.model.layers]
+        self.blocks = join(model)
 
         def buffer(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=model.device)

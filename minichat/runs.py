@@ -221,7 +221,7 @@ def train(
         if args.compile and last:  # nothing where --resume had nothing left to do
             say(f"compiled: {last['graphs']} graphs, {last['recompiled']} of them after the first step")
         if args.tflops and last:
-            rate = overall(metrics.read(args.out)) if first else last["tokens_per_s"]
+            rate = tokens_per_s(metrics.read(args.out)) if first else last["tokens_per_s"]
             share = rate * useful / args.tflops / distributed.world() / 1e12
             say(
                 f"measured: {rate:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; peak "
@@ -231,7 +231,7 @@ def train(
             say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
 
 
-def overall(lines: Sequence[dict]) -> float:
+def tokens_per_s(lines: Sequence[dict]) -> float:
     """Tokens/s after the first logged step, which warms up; of a single one, its own."""
     seconds = lines[-1]["seconds"] - lines[0]["seconds"]
     return (lines[-1]["tokens"] - lines[0]["tokens"]) / seconds if seconds else lines[-1]["tokens_per_s"]

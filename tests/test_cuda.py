@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from minichat import generation, int4, kernels
+from minichat import fused, generation, int4, kernels
 from minichat.attention import attend, rotary, rotate, visible
 from minichat.cache import KVCache
 from minichat.fused_cuda import CudaStep, misfit
@@ -328,14 +328,19 @@ def test_a_model_that_the_step_does_not_compute():
     assert "hook" in why(hooked)
 
 
-def test_a_graph_of_the_modules_reads_the_same_weights_as_the_step():
+def test_a_graph_of_the_modules_reads_the_same_weights_as_the_step(monkeypatch):
     """Whichever is recorded first: its weights may not move when the other comes."""
+    monkeypatch.setattr(Mistral, "device", torch.device("cuda"))
+    monkeypatch.setattr(kernels, "for_device", lambda device: int4_triton)
+    said = []
+    monkeypatch.setattr(fused, "_say", said.append)
     model = make(True, kind=torch.bfloat16)
-    assert "int8" in misfit(model, KVCache(model.config, 1, 8, DEVICE, torch.int8))
+    first = fused.decoder(model, KVCache(model.config, 1, 8, DEVICE, torch.int8))
     before = [x.data_ptr() for x in model.buffers()]
-    assert misfit(model, cache := KVCache(model.config, 1, 8, DEVICE, torch.bfloat16)) is None
-    CudaStep(model, cache)
-    assert [x.data_ptr() for x in model.buffers()] == before
+    monkeypatch.setattr(Mistral, "device", DEVICE)
+    step = CudaStep(model, KVCache(model.config, 1, 8, DEVICE, torch.bfloat16))
+    assert not isinstance(first, CudaStep) and "KV cache is int8" in said[0]
+    assert [x.data_ptr() for x in model.buffers()] == before and len(step.blocks) == 2
 
 
 # ---- what the compiler leaves ----
