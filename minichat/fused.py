@@ -33,7 +33,8 @@ def decoder(model: nn.Module, cache: KVCache) -> Forward:
     if model.device.type == "cuda" and kernels.for_device(model.device) is not kernels.named("int4_reference"):
         from minichat import fused_cuda  # which needs triton
 
-        fused_cuda.join(model)
+        if fused_cuda.joinable(model):
+            fused_cuda.join(model)
         why = fused_cuda.misfit(model, cache)
         if why is None:
             return fused_cuda.CudaStep(model, cache)

@@ -23,7 +23,7 @@ def misfit(model: nn.Module, cache: KVCache) -> str | None:
     config = model.config
     if model.dtype != torch.bfloat16:
         return f"the model is {str(model.dtype)[6:]}, not bfloat16"
-    if not _all_joinable(model):
+    if not joinable(model):
         return "an adapter, a bias, or weights that the CUDA kernel does not take"
     if cache.k[0].dtype != model.dtype:
         return f"the KV cache is {str(cache.k[0].dtype)[6:]}, not bfloat16"
@@ -58,15 +58,14 @@ def _joinable(linears: list[nn.Module]) -> bool:
     return same and all(x.out_features % int4_triton.ROWS == 0 for x in linears)
 
 
-def _all_joinable(model: nn.Module) -> bool:
+def joinable(model: nn.Module) -> bool:
+    """Whether join() takes the model: bf16 or INT4 throughout."""
     return all(_joinable(group) for block in model.model.layers for group in _groups(block))
 
 
 def join(model: nn.Module) -> list[list[Packed | Tensor]]:
-    """The weights that the step reads, of each block, where they are to stay; none of a model that it cannot read. To
-    be called before a graph is recorded, of the modules too: it would go on with weights that have moved."""
-    if not _all_joinable(model):
-        return []
+    """The weights that the step reads, of each block, where they are to stay. To be called before a graph is recorded,
+    of the modules too: it would go on with weights that have moved."""
     return [[_joined(linears) for linears in _groups(block)] for block in model.model.layers]
 
 
