@@ -5,6 +5,9 @@
 //   softmax  scores to weights, not yet divided by their sums
 //   mix      out (4, Hd) = weights (seen, 4)^T @ values (seen, Hd)
 //
+// One after the other over all keys that are seen: keys and values in turn, by an online softmax, are two streams out of
+// memory, and a tenth slower.
+//
 // A cache of bf16 is read at the speed of memory if its numbers are multiplied two at a time; one of signed bytes only if
 // four are. So there are three ways to multiply, of which each names the layouts that suit it: Floats, Pairs, Bytes.
 #pragma once
@@ -353,13 +356,13 @@ struct Bytes : Pairs<16, INT8> {
 // ---- a token's attention ---------------------------------------------------------------------------------------------
 constexpr int64_t size_of(Kind kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
 
-// Asks for `count` numbers of a cache from the at-th on, but for none from the end-th on. NEAR 3: into the first cache;
-// 2: into the second one, which can wait for more of them.
-template <Kind KIND, int NEAR>
+// Asks for `count` numbers of a cache from the at-th on, but for none from the end-th on. LOCALITY 3: into the first
+// cache; 2: into the second one, which can wait for more of them.
+template <Kind KIND, int LOCALITY>
 INLINE void fetch(const void* cache, int64_t at, int64_t count, int64_t end) {
     const char* bytes = static_cast<const char*>(cache);
     for (int64_t i = at; i < std::min(at + count, end); i += 64 / size_of(KIND))
-        __builtin_prefetch(bytes + i * size_of(KIND), 0, NEAR);
+        __builtin_prefetch(bytes + i * size_of(KIND), 0, LOCALITY);
 }
 
 // scores (whole blocks of keys, 4) of the queries with the keys that begin at `at`, times `by`, which has a lane for each

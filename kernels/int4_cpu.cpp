@@ -38,7 +38,7 @@ namespace {
 
 constexpr int64_t K_PANEL = 256;    // dequantise: k per panel of 16 rows
 constexpr int64_t L2_BYTES = 1 << 20;   // activations that should stay in L2 while weights pass by
-constexpr int PREFETCH = 512;       // words ahead, 2 KiB, over all streams
+constexpr int NEAR = 1024, FAR = 4096;  // words ahead that are asked for: into the first cache, into the second
 
 struct Dequantize {
     Weight weight;
@@ -201,34 +201,37 @@ INLINE void unpack_chunk(const uint32_t* words, typename Lanes<W>::U (&codes)[8]
     }
 }
 
-// y (T, 16 R) = x (T, K) @ 16 R rows of the weight; each chunk of them is unpacked once for all T tokens
-template <int W, int BITS, int PLANES, int T, int R>
-INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (*y)[R * ROWS]) {
+// y (T, 16) = x (T, K) @ 16 rows of the weight; each chunk of them is unpacked once for all T tokens. One block after the
+// other, so that all words are one stream, in order: several blocks side by side are up to a quarter slower.
+template <int W, int BITS, int PLANES, int T>
+INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (*y)[ROWS]) {
     constexpr int P = ROWS / W;
     using F = typename Lanes<W>::F;
     using I = typename Lanes<W>::I;
     using U = typename Lanes<W>::U;
-    const int64_t chunks = w.K / CHUNK, per_group = w.G / CHUNK, groups = w.K / w.G, per_block = ROWS * chunks * BITS;
-    const uint32_t* words = w.words + block * per_block;
-    F sum[T][R * P] = {};
+    const int64_t chunks = w.K / CHUNK, per_group = w.G / CHUNK, groups = w.K / w.G;
+    const uint32_t* words = w.words + block * chunks * BITS * ROWS;
+    F sum[T][P] = {};
     for (int64_t g = 0; g < groups; g++) {
-        F scale[R * P];
-        I zero[R * P] = {};
-#pragma GCC unroll 8
-        for (int p = 0; p < R * P; p++) {
-            const int64_t at = ((block + p / P) * groups + g) * ROWS + p % P * W;
+        F scale[P];
+        I zero[P] = {};
+#pragma GCC unroll 4
+        for (int p = 0; p < P; p++) {
+            const int64_t at = (block * groups + g) * ROWS + p * W;
             scale[p] = load_floats<W>(w.scale, w.scale_kind, at);
             if (w.zero) zero[p] = load_zero<W>(w, at);
         }
         for (int64_t c = 0; c < per_group; c++, x++, words += ROWS * BITS) {
+            constexpr bool IDLE = W == 16 || PLANES == 1;  // two planes keep AVX2 busy
+#pragma GCC unroll 8
+            for (int i = 0; i < BITS; i++) {
+                if (IDLE) __builtin_prefetch(words + FAR + i * ROWS, 0, 2);
+                __builtin_prefetch(words + NEAR + i * ROWS, 0, 0);  // no other cache has to keep what is read once
+            }
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-                for (int i = 0; i < BITS; i++) __builtin_prefetch(words + r * per_block + PREFETCH / R + i * ROWS);
-#pragma GCC unroll 8
-            for (int p = 0; p < R * P; p++) {
+            for (int p = 0; p < P; p++) {
                 U codes[8];
-                unpack_chunk<W, BITS>(words + p / P * per_block + p % P * W, codes);
+                unpack_chunk<W, BITS>(words + p * W, codes);
 #pragma GCC unroll 16
                 for (int t = 0; t < T; t++) {
                     const Chunk<PLANES>& token = x[t * chunks];
@@ -241,17 +244,17 @@ INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (
         }
     }
     for (int t = 0; t < T; t++)
-        for (int p = 0; p < R * P; p++) store(y[t] + p * W, sum[t][p]);
+        for (int p = 0; p < P; p++) store(y[t] + p * W, sum[t][p]);
 }
 
-// T tokens at a time over R blocks; the rest in tiles of half the size
-template <int W, int BITS, int PLANES, int T, int R>
+// T tokens at a time; the rest in tiles of half the size
+template <int W, int BITS, int PLANES, int T>
 INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last) {
-    const int64_t rows = std::min<int64_t>(R * ROWS, job.weight.N - block * ROWS);
+    const int64_t rows = std::min<int64_t>(ROWS, job.weight.N - block * ROWS);
     const auto* x = static_cast<const Chunk<PLANES>*>(job.chunks);
     for (; last - first >= T; first += T) {
-        float y[T][R * ROWS];
-        tile<W, BITS, PLANES, T, R>(job.weight, block, x + first * (job.weight.K / CHUNK), y);
+        float y[T][ROWS];
+        tile<W, BITS, PLANES, T>(job.weight, block, x + first * (job.weight.K / CHUNK), y);
         for (int t = 0; t < T; t++)
             for (int64_t r = 0; r < rows; r++) {
                 const int64_t at = (first + t) * job.stride + block * ROWS + r;
@@ -261,20 +264,17 @@ INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last)
                     static_cast<uint16_t*>(job.y)[at] = to_bf16(y[t][r]);
             }
     }
-    if constexpr (T > 1) tiles<W, BITS, PLANES, T / 2, R>(job, block, first, last);
+    if constexpr (T > 1) tiles<W, BITS, PLANES, T / 2>(job, block, first, last);
 }
 
 template <int W, int BITS, int PLANES>
 INLINE void matmul_blocks(const Matmul& job, int64_t first, int64_t last) {
     constexpr int T = W == 16 ? 16 : W == 8 ? 4 : 2;  // as many sums as the registers hold (SSE's)
-    constexpr int STREAMS = W == 16 ? 4 : W == 8 ? 2 : 1;  // decode: blocks at a time, fetched side by side
     const int64_t per_token = job.weight.K / CHUNK * static_cast<int64_t>(sizeof(Chunk<PLANES>));
     const int64_t tokens = std::max<int64_t>(1, L2_BYTES / per_token / T) * T;
-    if (job.M == 1)
-        for (; last - first >= STREAMS; first += STREAMS) tiles<W, BITS, PLANES, 1, STREAMS>(job, first, 0, 1);
     for (int64_t m = 0; m < job.M; m += tokens)
         for (int64_t block = first; block < last; block++)
-            tiles<W, BITS, PLANES, T, 1>(job, block, m, std::min(m + tokens, job.M));
+            tiles<W, BITS, PLANES, T>(job, block, m, std::min(m + tokens, job.M));
 }
 
 // ---- the weight itself ----------------------------------------------------------------------------------------------
