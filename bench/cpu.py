@@ -1,10 +1,10 @@
 """A 7B in INT4 on the CPU: ours beside llama.cpp, in one run, in turn.
 
-    python bench/cpu.py --record --scratch DIR      # about 45 minutes and 15 GB of disk on 2 cores
+    python bench/cpu.py --record --scratch DIR      # about 40 minutes and 15 GB of disk on 2 cores
 
 llama.cpp is built from the source archive that the package index carries with llama-cpp-python. Both models have
 Mistral-7B's shape and random weights; theirs is Q4_0 with a Q6_K head (4.5 bits a weight), ours groups of 32 (4.5 bits)
-or 128 (4.125) with the head in INT8. Each measurement is a process of its own; rounds alternate between them.
+or 128 (4.125) with the head in INT8. Each measurement is a process of its own, and all take turns.
 """
 
 import argparse
@@ -26,6 +26,8 @@ LLAMA = "0.3.36"  # the release of llama-cpp-python whose llama.cpp is built
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCAB = 4096, 14336, 32, 32, 8, 32000
 PREFILLS = (16, 128, 512)
 DEPTH = 2048
+TOKENS = 32  # of a measurement of decoding
+DUELS = 3  # such measurements of everyone, in turn, in a round
 # what a CPU says of itself in /proc/cpuinfo, and llama.cpp's option for it. No AMX: some virtual machines name it and
 # stop a program that uses it.
 OPTIONS = {
@@ -112,32 +114,26 @@ def make_gguf(file: Path) -> None:
     writer.close()
 
 
-def measure_llama(binary: Path, model: Path, threads: int, depth: bool, repack: bool = False) -> dict:
-    """Tokens/s of prompts and of decoding, and the process's peak of resident memory, GB."""
-    command = [str(binary), "-m", str(model), "-t", str(threads), "-r", "1", "-o", "json"]
+def measure_llama(binary: Path, model: Path, threads: int, decode: bool, repack: bool = False) -> dict:
+    """Tokens/s of decoding, or of prompts, and the process's peak of resident memory, GB."""
     prompts = ",".join(map(str, PREFILLS if threads > 1 else PREFILLS[1:2]))
-    runs = [["-p", prompts, "-n", "32"]] + ([["-p", "0", "-n", "16", "-d", str(DEPTH)]] if depth else [])
-    found = {}
-    for run in runs:
-        process = subprocess.Popen(
-            [*command, *run, *(["-rtr", "1"] if repack else [])], stdout=subprocess.PIPE, text=True
-        )
-        out = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(f"{binary} ended with status {status}")
-        for row in json.loads(out):
-            name = f"prefill_{row['n_prompt']}" if row["n_prompt"] else "decode"
-            found[name + (f"_at_{row['n_depth']}" if row.get("n_depth") else "")] = row["avg_ts"]
-        found["peak_gb"] = max(found.get("peak_gb", 0), usage.ru_maxrss * 1024 / 1e9)
-    return found
+    command = [str(binary), "-m", str(model), "-t", str(threads), "-r", "1", "-o", "json"]
+    command += ["-p", "0", "-n", str(TOKENS)] if decode else ["-p", prompts, "-n", "0"]
+    process = subprocess.Popen([*command, *(["-rtr", "1"] if repack else [])], stdout=subprocess.PIPE, text=True)
+    rows = json.loads(process.stdout.read() or "[]")
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{binary} ended with status {status}")
+    found = {f"prefill_{row['n_prompt']}" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}
+    return {**found, "peak_gb": usage.ru_maxrss * 1024 / 1e9, "build": rows[0]["build_commit"]}
 
 
 # ---- the limit ----
 
-READER = r"""// Reads 1 GB with all threads, by several distances of prefetching; prints the best GB/s of 12 passes.
+READER = r"""// Reads 1 GB with all threads, 5 times by each of 5 ways of prefetching; prints the best median, GB/s.
 #include <omp.h>
 #include <sys/mman.h>
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -148,18 +144,25 @@ int main(int, char** argv) {
     madvise(memory, size, MADV_HUGEPAGE);
     memset(memory, 1, size);
     omp_set_num_threads(atoi(argv[1]));
-    double best = 0;
+    double rates[5][5], best = 0;
     uint64_t all = 0;
-    for (int pass = 0; pass < 12; pass++) {
-        const int64_t ahead = (pass % 4) * 128;  // 0 .. 3 KiB
+    for (int pass = 0; pass < 25; pass++) {
+        const int64_t way = pass % 5, ahead = way * 128;  // 0 .. 3 KiB, and as int4_cpu.cpp does it
         const double start = omp_get_wtime();
         #pragma omp parallel for schedule(static) reduction(^ : all)
         for (int64_t i = 0; i < size / 8; i += 32) {
-            for (int64_t line = 0; line < 32; line += 8) __builtin_prefetch(memory + i + line + ahead);
+            for (int64_t line = 0; line < 32; line += 8) {
+                if (way < 4) __builtin_prefetch(memory + i + line + ahead);
+                if (way == 4) __builtin_prefetch(memory + i + line + 2048, 0, 2);
+                if (way == 4) __builtin_prefetch(memory + i + line + 512, 0, 0);
+            }
             for (int64_t j = 0; j < 32; j++) all ^= memory[i + j];
         }
-        const double rate = size / (omp_get_wtime() - start) / 1e9;
-        if (rate > best) best = rate;
+        rates[way][pass / 5] = size / (omp_get_wtime() - start) / 1e9;
+    }
+    for (auto& rate : rates) {
+        std::sort(rate, rate + 5);
+        best = std::max(best, rate[2]);
     }
     printf("%.2f\n", best + (all == 1));
 }
@@ -255,26 +258,27 @@ def work(folder: Path, what: str, threads: int, scratch: Path) -> dict:
         return speculation(model)
     if what == "rest":
         shares, bf16 = {}, torch.bfloat16
-        for name, depth, kv in ((512, 512, bf16), (4096, 4096, bf16), ("4096_int8_kv", 4096, torch.int8)):
+        for name, depth, kv in ((512, 512, bf16), (4096, 4096, bf16), ("4096_int8", 4096, torch.int8)):
+            int4.set_exact(model, kv != torch.int8)  # of bytes, activations and cache
             shares[f"rest_at_{name}"], shares[f"head_at_{name}"] = rest(model, depth, kv)
         return shares
+
     run(1, 4, 2)
-    reader = scratch / "read"
-    found["read_gb_per_s"] = float(subprocess.run([reader, str(threads)], capture_output=True, check=True).stdout)
+    if what.endswith("decode"):
+        found["decode"] = run(1, 4, TOKENS)[1]
+        # afterwards: what it leaves for the system to tidy up would cost a tenth of the decoding
+        read = subprocess.run([scratch / "read", str(threads)], capture_output=True, check=True)
+        found["read_gb_per_s"] = float(read.stdout)
+        weights = [m for m in model.modules() if isinstance(m, int4.Int4Linear)]
+        found["gb_per_token"] = sum(b.nbytes for module in weights for b in module.buffers(recurse=False)) / 1e9
+        found["bandwidth_share"] = found["decode"] * found["gb_per_token"] / found["read_gb_per_s"]
+        return found
     for length in PREFILLS if threads > 1 else PREFILLS[1:2]:
-        if what.endswith("decode"):
-            break
         found[f"prefill_{length}"] = run(1, length, 1)[0]
-    found["decode"] = run(1, 4, 32)[1]
-    if threads > 1 and not what.endswith("decode"):
-        found["decode_batch_8"] = run(8, 4, 16)[1]
-        pairs = [(at(0, 16), at(DEPTH, 16)) for _ in range(2)]
+    if threads > 1:
+        found["batch_ratio"] = statistics.median(run(8, 4, 16)[1] / run(1, 4, 16)[1] for _ in range(3))
+        pairs = [(at(0, 16), at(DEPTH, 16)) for _ in range(3)]
         found["depth_ratio"] = statistics.median(b / a for a, b in pairs)
-        found[f"decode_at_{DEPTH}"] = pairs[-1][1]
-    weights = [m for m in model.modules() if isinstance(m, int4.Int4Linear)]
-    read = sum(buffer.nbytes for module in weights for buffer in module.buffers(recurse=False))
-    found["gb_per_token"] = read / 1e9
-    found["bandwidth_share"] = found["decode"] * read / 1e9 / found["read_gb_per_s"]
     return found
 
 
@@ -464,25 +468,35 @@ def main() -> None:
         if not (folder / "config.json").exists():
             make_ours(folder, group)
         measure(folder, "decode", 2, cache)  # the first start writes the cache
-    kinds = {
-        "llama": lambda t, i: measure_llama(binary, gguf, t, depth=t > 1 and i == 0),
-        "g32": lambda t, i: measure(scratch / "int4-g32", "exact", t, cache),
-        "g32_int8": lambda t, i: measure(scratch / "int4-g32", "int8", t, cache),
-        "g128": lambda t, i: measure(scratch / "int4-g128", "exact-decode", t, cache),
-        "g128_int8": lambda t, i: measure(scratch / "int4-g128", "int8-decode", t, cache),
-        "torch": lambda t, i: measure(scratch, "torch", t, cache),
+    ik = args.ik and args.ik / "llama-bench"
+
+    parts = {
+        "prompts, batch, depth": {
+            "llama": lambda threads: measure_llama(binary, gguf, threads, decode=False),
+            "g32_int8": lambda threads: measure(scratch / "int4-g32", "int8", threads, cache),
+            "ik": lambda threads: measure_llama(ik, gguf, threads, decode=False, repack=True),
+            "g32": lambda threads: measure(scratch / "int4-g32", "exact", threads, cache),
+        },
+        "decode": {
+            "llama": lambda threads: measure_llama(binary, gguf, threads, decode=True),
+            "g32_int8": lambda threads: measure(scratch / "int4-g32", "int8-decode", threads, cache),
+            "ik": lambda threads: measure_llama(ik, gguf, threads, decode=True, repack=True),
+            "g32": lambda threads: measure(scratch / "int4-g32", "exact-decode", threads, cache),
+            "g128": lambda threads: measure(scratch / "int4-g128", "exact-decode", threads, cache),
+            "g128_int8": lambda threads: measure(scratch / "int4-g128", "int8-decode", threads, cache),
+            "torch": lambda threads: measure(scratch, "torch", threads, cache),
+        },
     }
-    if args.ik:
-        kinds["ik"] = lambda t, i: measure_llama(args.ik / "llama-bench", gguf, t, False, repack=True)
     rounds = []
-    for i in range(args.rounds):
-        for threads in (2, 1):
-            found = {kind: run(threads, i) for kind, run in kinds.items() if threads > 1 or i == 0}
-            if found:
-                rounds.append({"threads": threads, **found})
-                for kind, figures in found.items():
-                    shown = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
-                    print(f"round {i + 1}, {threads} threads, {kind:8}: {shown}", flush=True)
+    for i, threads in [(1, 2), (1, 1), *((i, 2) for i in range(2, args.rounds + 1))]:
+        for part in ["prompts, batch, depth", *["decode"] * (DUELS if threads > 1 else 1)]:
+            found = {"round": i, "threads": threads, "part": part}
+            kinds = [kind for kind in parts[part] if kind != "ik" or ik]
+            for kind in reversed(kinds) if len(rounds) % 2 else kinds:  # a drift favours each of them in turn
+                found[kind] = parts[part][kind](threads)
+                shown = ", ".join(f"{name} {value:.2f}" for name, value in found[kind].items() if name != "build")
+                print(f"round {i}, {threads} threads, {part}, {kind:9}: {shown}", flush=True)
+            rounds.append(found)
     bf16 = measure(scratch, "transformers", 2, cache)
     print(f"transformers in bf16: {bf16}")
     shares = measure(scratch / "int4-g32", "rest", 2, cache)
@@ -495,16 +509,13 @@ def main() -> None:
            for name, found in measure(scratch / "int4-g32", "int8-speculate", 2, cache).items()},
     }  # fmt: skip
     print(f"speculation: {speculate}")
-    two = [found for found in rounds if found["threads"] == 2]
+
+    def figures(kind: str, name: str) -> list[float]:
+        """Those of the rounds with two threads that have it."""
+        return [found[kind][name] for found in rounds if found["threads"] == 2 and name in found.get(kind, {})]
 
     def ratio(ours: str, name: str, peer: str = "llama") -> dict:
-        return spread([found[ours][name] / found[peer][name] for found in two])
-
-    def share(kind: str, name: str) -> dict:
-        return spread([found[kind][name] for found in two])
-
-    def batch(kind: str) -> dict:
-        return spread([found[kind]["decode_batch_8"] / found[kind]["decode"] for found in two])
+        return spread([mine / theirs for mine, theirs in zip(figures(ours, name), figures(peer, name), strict=True)])
 
     ratios = {
         "decode_g32": ratio("g32_int8", "decode"),
@@ -516,18 +527,23 @@ def main() -> None:
         "prefill_512": ratio("g32_int8", "prefill_512"),
         "exact_prefill_128": ratio("g32", "prefill_128"),
         "exact_prefill_512": ratio("g32", "prefill_512"),
-        "bandwidth_share": share("g32", "bandwidth_share"),
-        "batch8": batch("g32_int8"),
-        "exact_batch8": batch("g32"),
-        "depth2048": share("g32", "depth_ratio"),
+        "bandwidth_share": spread(figures("g32_int8", "bandwidth_share")),
+        "exact_bandwidth_share": spread(figures("g32", "bandwidth_share")),
+        "batch8": spread(figures("g32_int8", "batch_ratio")),
+        "exact_batch8": spread(figures("g32", "batch_ratio")),
+        "depth2048": spread(figures("g32", "depth_ratio")),
         "peak_gb": memory["peak_gb"],
         **speculate,
         **shares,
     }
     if args.ik:
         ratios |= {
-            "ik_decode_g32": ratio("g32", "decode", "ik"),
+            "ik_decode_g32": ratio("g32_int8", "decode", "ik"),
+            "ik_exact_decode": ratio("g32", "decode", "ik"),
             "ik_prefill_128": ratio("g32_int8", "prefill_128", "ik"),
+            "ik_prefill_512": ratio("g32_int8", "prefill_512", "ik"),
+            "ik_exact_prefill_128": ratio("g32", "prefill_128", "ik"),
+            "ik_exact_prefill_512": ratio("g32", "prefill_512", "ik"),
         }
     for name, value in ratios.items():
         print(f"{name}: {value}")
@@ -545,10 +561,15 @@ def record(rounds: list[dict], once: dict, ratios: dict) -> None:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     content = {
-        "command": "python bench/cpu.py --record --scratch DIR",
+        "command": "python bench/cpu.py --record --scratch DIR" + (" --ik FOLDER" if "ik" in rounds[0] else ""),
         "commit": commit.strip(),
         "machine": f"{cpu()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "llama-cpp-python": LLAMA},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "llama-cpp-python": LLAMA,
+            **({"ik_llama.cpp": rounds[0]["ik"]["build"]} if "ik" in rounds[0] else {}),
+        },
         "model": "Mistral-7B's shape, random weights; llama.cpp Q4_0 with a Q6_K head, ours INT4 with an INT8 head",
         "rounds": rounds,
         **once,
@@ -565,12 +586,12 @@ def chart(rounds: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    two = [found for found in rounds if found["threads"] == 2]
     labels = {"llama": "llama.cpp Q4_0", "g32": "minichat, exact", "g32_int8": "minichat, int8"}
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
     for axis, (name, title) in zip(
         axes, {"decode": "decode", "prefill_128": "prompt of 128", "prefill_512": "prompt of 512"}.items()
     ):
+        two = [found for found in rounds if found["threads"] == 2 and name in found["llama"]]
         values = [statistics.median(found[kind][name] for found in two) for kind in labels]
         bars = axis.bar(labels.values(), values, color=["0.6", "tab:blue", "tab:cyan"])
         axis.bar_label(bars, fmt="%.1f")
