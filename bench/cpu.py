@@ -1,6 +1,6 @@
 """A 7B in INT4 on the CPU: ours beside llama.cpp, in one run, in turn.
 
-    python bench/cpu.py --record --scratch DIR      # about 40 minutes and 15 GB of disk on 2 cores
+    python bench/cpu.py --record --scratch DIR      # about 45 minutes and 15 GB of disk on 2 cores
 
 llama.cpp is built from the source archive that the package index carries with llama-cpp-python. Both models have
 Mistral-7B's shape and random weights; theirs is Q4_0 with a Q6_K head (4.5 bits a weight), ours groups of 32 (4.5 bits)
@@ -114,11 +114,12 @@ def make_gguf(file: Path) -> None:
     writer.close()
 
 
-def measure_llama(binary: Path, model: Path, threads: int, decode: bool, repack: bool = False) -> dict:
-    """Tokens/s of decoding, or of prompts, and the process's peak of resident memory, GB."""
+def measure_llama(binary: Path, model: Path, threads: int, decode: bool, repack: bool = False, depth: int = 0) -> dict:
+    """Tokens/s of decoding (at a depth), or of prompts, and the process's peak of resident memory, GB."""
     prompts = ",".join(map(str, PREFILLS if threads > 1 else PREFILLS[1:2]))
     command = [str(binary), "-m", str(model), "-t", str(threads), "-r", "1", "-o", "json"]
     command += ["-p", "0", "-n", str(TOKENS)] if decode else ["-p", prompts, "-n", "0"]
+    command += ["-d", str(depth)] if depth else []  # ik_llama.cpp does not know it
     process = subprocess.Popen([*command, *(["-rtr", "1"] if repack else [])], stdout=subprocess.PIPE, text=True)
     rows = json.loads(process.stdout.read() or "[]")
     _, status, usage = os.wait4(process.pid, 0)
@@ -279,6 +280,7 @@ def work(folder: Path, what: str, threads: int, scratch: Path) -> dict:
         found["batch_ratio"] = statistics.median(run(8, 4, 16)[1] / run(1, 4, 16)[1] for _ in range(3))
         pairs = [(at(0, 16), at(DEPTH, 16)) for _ in range(3)]
         found["depth_ratio"] = statistics.median(b / a for a, b in pairs)
+        found[f"decode_at_{DEPTH}"] = pairs[-1][1]
     return found
 
 
@@ -497,6 +499,8 @@ def main() -> None:
                 shown = ", ".join(f"{name} {value:.2f}" for name, value in found[kind].items() if name != "build")
                 print(f"round {i}, {threads} threads, {part}, {kind:9}: {shown}", flush=True)
             rounds.append(found)
+    deep = measure_llama(binary, gguf, 2, decode=True, depth=DEPTH)  # once: its prompt takes minutes
+    print(f"llama.cpp at a depth of {DEPTH}: {deep}")
     bf16 = measure(scratch, "transformers", 2, cache)
     print(f"transformers in bf16: {bf16}")
     shares = measure(scratch / "int4-g32", "rest", 2, cache)
@@ -548,7 +552,7 @@ def main() -> None:
     for name, value in ratios.items():
         print(f"{name}: {value}")
     if args.record:
-        record(rounds, {"memory": memory, "transformers_bf16": bf16}, ratios)
+        record(rounds, {f"llama_at_{DEPTH}": deep, "memory": memory, "transformers_bf16": bf16}, ratios)
 
 
 def spread(values: list[float]) -> dict:

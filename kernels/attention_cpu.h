@@ -6,7 +6,7 @@
 //   mix      out (4, Hd) = weights (seen, 4)^T @ values (seen, Hd)
 //
 // One after the other over all keys that are seen: keys and values in turn, by an online softmax, are two streams out of
-// memory, and a tenth slower.
+// memory, and slower by a tenth and more.
 //
 // A cache of bf16 is read at the speed of memory if its numbers are multiplied two at a time; one of signed bytes only if
 // four are. So there are three ways to multiply, of which each names the layouts that suit it: Floats, Pairs, Bytes.

@@ -222,11 +222,11 @@ INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (
             if (w.zero) zero[p] = load_zero<W>(w, at);
         }
         for (int64_t c = 0; c < per_group; c++, x++, words += ROWS * BITS) {
-            constexpr bool IDLE = W == 16 || PLANES == 1;  // two planes keep AVX2 busy
+            constexpr bool IDLE = W == 16 || PLANES == 1;  // else the arithmetic leaves no time for more
 #pragma GCC unroll 8
             for (int i = 0; i < BITS; i++) {
                 if (IDLE) __builtin_prefetch(words + FAR + i * ROWS, 0, 2);
-                __builtin_prefetch(words + NEAR + i * ROWS, 0, 0);  // no other cache has to keep what is read once
+                __builtin_prefetch(words + NEAR + i * ROWS, 0, 0);  // a token reads them once: nothing to keep
             }
 #pragma GCC unroll 4
             for (int p = 0; p < P; p++) {
