@@ -27,6 +27,7 @@ HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCAB = 4096, 14336, 32, 32, 8, 32000
 PREFILLS = (16, 128, 512)
 DEPTH = 2048
 TOKENS = 32  # of a measurement of decoding
+ISAS = ("no AVX2", "AVX2", "AVX-512 VNNI", "AVX-512 VNNI and BF16")  # what our kernels use
 DUELS = 3  # such measurements of everyone, in turn, in a round
 # what a CPU says of itself in /proc/cpuinfo, and llama.cpp's option for it. No AMX: some virtual machines name it and
 # stop a program that uses it.
@@ -563,11 +564,13 @@ def record(rounds: list[dict], once: dict, ratios: dict) -> None:
     import torch
     from demo import cpu
 
+    from minichat.kernels.cpu import isa
+
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     content = {
         "command": "python bench/cpu.py --record --scratch DIR" + (" --ik FOLDER" if "ik" in rounds[0] else ""),
         "commit": commit.strip(),
-        "machine": f"{cpu()}, {os.cpu_count()} cores",
+        "machine": f"{cpu()}, {os.cpu_count()} cores, {ISAS[isa()]}",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

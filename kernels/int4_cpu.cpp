@@ -30,6 +30,7 @@
 // Every function is written once, on vectors of W floats (cpu.h), and compiled for AVX-512 with VNNI (W = 16), AVX2 with
 // FMA (W = 8) and the base instruction set of any machine (W = 4, also on ARM). The caller says which one; best_isa()
 // knows which ones run here.
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
@@ -112,8 +113,8 @@ INLINE void prepare_chunks(const Prepare& job, int64_t first, int64_t last) {
 
 // ---- the product ----------------------------------------------------------------------------------------------------
 // W rows' sums of 32 products: eight times four unsigned codes a row, with four signed bytes that all rows share; plus
-// `start`. What AVX2 and AVX-512 have for it is written as assembly: intrinsics exist only in functions of one target.
-template <int W, int BITS>
+// `start`. What AVX-512 and AVX2 have for it is written as assembly: intrinsics exist only in functions of one target.
+template <int W>
 struct Dot {
     using I = typename Lanes<W>::I;
     using U = typename Lanes<W>::U;
@@ -127,8 +128,8 @@ struct Dot {
 };
 
 #ifdef X86
-template <int BITS>
-struct Dot<16, BITS> {
+template <>
+struct Dot<16> {
     using I = Lanes<16>::I;
     using U = Lanes<16>::U;
 
@@ -144,45 +145,6 @@ struct Dot<16, BITS> {
 
     static INLINE void add(I& sum, U codes, const int8_t* x) {
         asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const int32_t(*)[1]>(x)));
-    }
-};
-
-template <int BITS>
-struct Dot<8, BITS> {
-    using I = Lanes<8>::I;
-    using U = Lanes<8>::U;
-    typedef int16_t Pairs __attribute__((vector_size(32)));
-
-    // Two products of a code below 16 and a byte are at most 3810, so that eight such pairs fit into 16 bits. A code of
-    // 8 bits is taken as two of 4.
-    static INLINE I of(const U (&codes)[8], const int8_t* x, int32_t start) {
-        if (BITS == 4) return below_16(codes, x) + start;
-        U low[8], high[8];
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++) low[i] = codes[i] & 0x0f0f0f0fu, high[i] = codes[i] >> 4 & 0x0f0f0f0fu;
-        return below_16(low, x) + (below_16(high, x) << 4) + start;
-    }
-
-    static INLINE I below_16(const U (&codes)[8], const int8_t* x) {
-        Pairs even{}, odd{};
-#pragma GCC unroll 4
-        for (int i = 0; i < 8; i += 2) {
-            even += products(codes[i], x + 4 * i);
-            odd += products(codes[i + 1], x + 4 * i + 4);
-        }
-        const Pairs one = Pairs{} + 1, sum = even + odd;
-        I result;
-        asm("vpmaddwd %2, %1, %0" : "=x"(result) : "x"(sum), "x"(one));
-        return result;
-    }
-
-    static INLINE Pairs products(U codes, const int8_t* x) {
-        int32_t four;
-        __builtin_memcpy(&four, x, sizeof four);
-        const I all = I{} + four;
-        Pairs result;
-        asm("vpmaddubsw %2, %1, %0" : "=x"(result) : "x"(codes), "x"(all));
-        return result;
     }
 };
 #endif
@@ -201,14 +163,103 @@ INLINE void unpack_chunk(const uint32_t* words, typename Lanes<W>::U (&codes)[8]
     }
 }
 
-// y (T, 16) = x (T, K) @ 16 rows of the weight; each chunk of them is unpacked once for all T tokens. One block after the
-// other, so that all words are one stream, in order: several blocks side by side are up to a quarter slower.
+// T tokens' products with one chunk of 16 rows, in integers: take(token, which W of the rows, their sums + start).
 template <int W, int BITS, int PLANES, int T>
+struct Products {
+    template <class Take>
+    static INLINE void of(const uint32_t* words, const Chunk<PLANES>* x, int64_t chunks, Take take) {
+#pragma GCC unroll 4
+        for (int p = 0; p < ROWS / W; p++) {
+            typename Lanes<W>::U codes[8];
+            unpack_chunk<W, BITS>(words + p * W, codes);
+#pragma GCC unroll 16
+            for (int t = 0; t < T; t++) {
+                const Chunk<PLANES>& token = x[t * chunks];
+                auto dot = Dot<W>::of(codes, token.q[PLANES - 1], token.start);
+                if constexpr (PLANES == 2) dot += Dot<W>::of(codes, token.q[0], 0) << 7;
+                take(t, p, dot);
+            }
+        }
+    }
+};
+
+#ifdef X86
+template <class F, int... I>
+INLINE void each(F f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
+}
+
+// f(0) .. f(N - 1), unrolled at once: arrays whose indices become constants later than that stay in memory.
+template <int N, class F>
+INLINE void each(F f) {
+    each(f, std::make_integer_sequence<int, N>{});
+}
+
+// AVX2 adds up two products, in 16 bits: at most 3810 with a code below 16, so that eight such pairs fit. A code of 8
+// bits is taken as two of 4, with a sum for each. Eight of the 16 registers hold sums, so each word's codes serve all
+// tokens before the next word is unpacked.
+template <int BITS, int PLANES, int T>
+struct Products<8, BITS, PLANES, T> {
+    using I = Lanes<8>::I;
+    using U = Lanes<8>::U;
+    typedef int16_t Pairs __attribute__((vector_size(32)));
+
+    template <class Take>
+    static INLINE void of(const uint32_t* words, const Chunk<PLANES>* x, int64_t chunks, Take take) {
+        Pairs sums[T][PLANES][BITS / 4][2];
+        each<BITS>([&](int i) ALWAYS_INLINE {
+            each<2>([&](int high) ALWAYS_INLINE {  // the half of each byte
+                const int k = BITS == 4 ? 8 * i + 4 * high : 4 * i;
+                const U left = load<U>(words + i * ROWS) >> 4 * high & 0x0f0f0f0fu;
+                const U right = load<U>(words + i * ROWS + 8) >> 4 * high & 0x0f0f0f0fu;
+                each<T * PLANES>([&](int at) ALWAYS_INLINE {
+                    const int t = at / PLANES, plane = at % PLANES;
+                    Pairs(&sum)[2] = sums[t][plane][BITS == 4 ? 0 : high];
+                    const U four = U{} + load<uint32_t>(x[t * chunks].q[plane] + k);
+                    if (k == 0) {
+                        sum[0] = products(left, four), sum[1] = products(right, four);
+                    } else {
+                        add_products(sum[0], left, four), add_products(sum[1], right, four);
+                    }
+                });
+            });
+        });
+        each<T * 2>([&](int at) ALWAYS_INLINE {
+            const int t = at / 2, p = at % 2;
+            I dot = total(sums[t][PLANES - 1], p) + x[t * chunks].start;
+            if (PLANES == 2) dot += total(sums[t][0], p) << 7;
+            take(t, p, dot);
+        });
+    }
+
+    static INLINE Pairs products(U codes, U x) {
+        Pairs result;
+        asm("vpmaddubsw %2, %1, %0" : "=x"(result) : "x"(codes), "x"(x));
+        return result;
+    }
+
+    static INLINE void add_products(Pairs& sum, U codes, U x) {  // in one piece: compilers put the additions off
+        Pairs more;
+        asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(more) : "x"(codes), "x"(x));
+    }
+
+    static INLINE I total(const Pairs (&sums)[BITS / 4][2], int p) {
+        const Pairs one = Pairs{} + 1;
+        I result[BITS / 4];
+        for (int i = 0; i < BITS / 4; i++) asm("vpmaddwd %2, %1, %0" : "=x"(result[i]) : "x"(sums[i][p]), "x"(one));
+        return BITS == 4 ? result[0] : result[0] + (result[BITS / 4 - 1] << 4);
+    }
+};
+#endif
+
+// y (T, 16) = x (T, K) @ 16 rows of the weight; each chunk of them is unpacked once for all T tokens. One block after the
+// other, so that all words are one stream, in order: several blocks side by side are up to a quarter slower. SYMMETRIC:
+// it is known to have no zero-points.
+template <int W, int BITS, int PLANES, int T, bool SYMMETRIC>
 INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (*y)[ROWS]) {
     constexpr int P = ROWS / W;
     using F = typename Lanes<W>::F;
     using I = typename Lanes<W>::I;
-    using U = typename Lanes<W>::U;
     const int64_t chunks = w.K / CHUNK, per_group = w.G / CHUNK, groups = w.K / w.G;
     const uint32_t* words = w.words + block * chunks * BITS * ROWS;
     F sum[T][P] = {};
@@ -219,7 +270,7 @@ INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (
         for (int p = 0; p < P; p++) {
             const int64_t at = (block * groups + g) * ROWS + p * W;
             scale[p] = load_floats<W>(w.scale, w.scale_kind, at);
-            if (w.zero) zero[p] = load_zero<W>(w, at);
+            if (!SYMMETRIC && w.zero) zero[p] = load_zero<W>(w, at);
         }
         for (int64_t c = 0; c < per_group; c++, x++, words += ROWS * BITS) {
             constexpr bool IDLE = W == 16 || PLANES == 1;  // else the arithmetic leaves no time for more
@@ -228,19 +279,11 @@ INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (
                 if (IDLE) __builtin_prefetch(words + FAR + i * ROWS, 0, 2);
                 __builtin_prefetch(words + NEAR + i * ROWS, 0, 0);  // a token reads them once: nothing to keep
             }
-#pragma GCC unroll 4
-            for (int p = 0; p < P; p++) {
-                U codes[8];
-                unpack_chunk<W, BITS>(words + p * W, codes);
-#pragma GCC unroll 16
-                for (int t = 0; t < T; t++) {
-                    const Chunk<PLANES>& token = x[t * chunks];
-                    I dot = Dot<W, BITS>::of(codes, token.q[PLANES - 1], token.start);
-                    if constexpr (PLANES == 2) dot += Dot<W, BITS>::of(codes, token.q[0], 0) << 7;
-                    if (w.zero) dot -= zero[p] * token.sum;
-                    sum[t][p] += __builtin_convertvector(dot, F) * (scale[p] * token.scale);
-                }
-            }
+            Products<W, BITS, PLANES, T>::of(words, x, chunks, [&](int t, int p, I dot) ALWAYS_INLINE {
+                if (!SYMMETRIC && w.zero) dot -= zero[p] * x[t * chunks].sum;
+                sum[t][p] += __builtin_convertvector(dot, F) * (scale[p] * x[t * chunks].scale);
+                if (W == 8 && T == 4) asm("" : "+m"(sum[t][p]));  // no register is left for it; to and fro costs a tenth
+            });
         }
     }
     for (int t = 0; t < T; t++)
@@ -254,7 +297,12 @@ INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last)
     const auto* x = static_cast<const Chunk<PLANES>*>(job.chunks);
     for (; last - first >= T; first += T) {
         float y[T][ROWS];
-        tile<W, BITS, PLANES, T>(job.weight, block, x + first * (job.weight.K / CHUNK), y);
+        const auto* these = x + first * (job.weight.K / CHUNK);
+        constexpr bool KNOWN = W == 8;  // on AVX2 a test of each product costs a tenth
+        if (KNOWN && !job.weight.zero)
+            tile<W, BITS, PLANES, T, KNOWN>(job.weight, block, these, y);
+        else
+            tile<W, BITS, PLANES, T, false>(job.weight, block, these, y);
         for (int t = 0; t < T; t++)
             for (int64_t r = 0; r < rows; r++) {
                 const int64_t at = (first + t) * job.stride + block * ROWS + r;
@@ -269,7 +317,7 @@ INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last)
 
 template <int W, int BITS, int PLANES>
 INLINE void matmul_blocks(const Matmul& job, int64_t first, int64_t last) {
-    constexpr int T = W == 16 ? 16 : W == 8 ? 4 : 2;  // as many sums as the registers hold (SSE's)
+    constexpr int T = W == 16 ? 16 : W == 8 ? 16 / (BITS * PLANES) : 2;  // as many sums as the registers hold
     const int64_t per_token = job.weight.K / CHUNK * static_cast<int64_t>(sizeof(Chunk<PLANES>));
     const int64_t tokens = std::max<int64_t>(1, L2_BYTES / per_token / T) * T;
     for (int64_t m = 0; m < job.M; m += tokens)
