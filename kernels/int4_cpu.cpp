@@ -273,7 +273,7 @@ INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (
             if (!SYMMETRIC && w.zero) zero[p] = load_zero<W>(w, at);
         }
         for (int64_t c = 0; c < per_group; c++, x++, words += ROWS * BITS) {
-            constexpr bool IDLE = W == 16 || PLANES == 1;  // else the arithmetic leaves no time for more
+            constexpr bool IDLE = W == 16 || T * PLANES == 1;  // else the arithmetic leaves no time for more
 #pragma GCC unroll 8
             for (int i = 0; i < BITS; i++) {
                 if (IDLE) __builtin_prefetch(words + FAR + i * ROWS, 0, 2);
