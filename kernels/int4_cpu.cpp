@@ -27,9 +27,9 @@
 // where all between the parentheses are integers, and each chunk is added up in fp32. The order of those sums depends
 // on nothing but K, so that a row's outputs are the same in every batch and on every number of threads.
 //
-// Every function is written once, on vectors of W floats (cpu.h), and compiled for AVX-512 with VNNI (W = 16), AVX2 with
-// FMA (W = 8) and the base instruction set of any machine (W = 4, also on ARM). The caller says which one; best_isa()
-// knows which ones run here.
+// Every function but the product is written once, on vectors of W floats (cpu.h), and compiled for AVX-512 with VNNI
+// (W = 16), AVX2 with FMA (W = 8) and the base instruction set of any machine (W = 4, also on ARM). The caller says
+// which one; best_isa() knows which ones run here.
 #include <utility>
 #include <vector>
 
@@ -112,8 +112,10 @@ INLINE void prepare_chunks(const Prepare& job, int64_t first, int64_t last) {
 }
 
 // ---- the product ----------------------------------------------------------------------------------------------------
+// What AVX-512 and AVX2 have for it is written as assembly: intrinsics exist only in functions of one target.
+
 // W rows' sums of 32 products: eight times four unsigned codes a row, with four signed bytes that all rows share; plus
-// `start`. What AVX-512 and AVX2 have for it is written as assembly: intrinsics exist only in functions of one target.
+// `start`.
 template <int W>
 struct Dot {
     using I = typename Lanes<W>::I;
@@ -186,10 +188,10 @@ struct Products {
 #ifdef X86
 template <class F, int... I>
 INLINE void each(F f, std::integer_sequence<int, I...>) {
-    (f(std::integral_constant<int, I>{}), ...);
+    (f(I), ...);
 }
 
-// f(0) .. f(N - 1), unrolled at once: arrays whose indices become constants later than that stay in memory.
+// f(0) .. f(N - 1), unrolled from the start: arrays whose indices become constants later than that stay in memory.
 template <int N, class F>
 INLINE void each(F f) {
     each(f, std::make_integer_sequence<int, N>{});
@@ -238,23 +240,31 @@ struct Products<8, BITS, PLANES, T> {
         return result;
     }
 
-    static INLINE void add_products(Pairs& sum, U codes, U x) {  // in one piece: compilers put the additions off
+    // In one piece: compilers put off the additions, and then every product takes a register, or memory.
+    static INLINE void add_products(Pairs& sum, U codes, U x) {
         Pairs more;
         asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(more) : "x"(codes), "x"(x));
     }
 
     static INLINE I total(const Pairs (&sums)[BITS / 4][2], int p) {
+        if constexpr (BITS == 4)
+            return in_32_bits(sums[0][p]);
+        else
+            return in_32_bits(sums[0][p]) + (in_32_bits(sums[1][p]) << 4);
+    }
+
+    static INLINE I in_32_bits(Pairs sums) {
         const Pairs one = Pairs{} + 1;
-        I result[BITS / 4];
-        for (int i = 0; i < BITS / 4; i++) asm("vpmaddwd %2, %1, %0" : "=x"(result[i]) : "x"(sums[i][p]), "x"(one));
-        return BITS == 4 ? result[0] : result[0] + (result[BITS / 4 - 1] << 4);
+        I result;
+        asm("vpmaddwd %2, %1, %0" : "=x"(result) : "x"(sums), "x"(one));
+        return result;
     }
 };
 #endif
 
-// y (T, 16) = x (T, K) @ 16 rows of the weight; each chunk of them is unpacked once for all T tokens. One block after the
-// other, so that all words are one stream, in order: several blocks side by side are up to a quarter slower. SYMMETRIC:
-// it is known to have no zero-points.
+// y (T, 16) = x (T, K) @ 16 rows of the weight; each chunk of them is unpacked once for all T tokens. One block after
+// the other, so that all words are one stream, in order: several blocks side by side are up to a quarter slower.
+// SYMMETRIC: the weight has no zero-points; else w.zero tells.
 template <int W, int BITS, int PLANES, int T, bool SYMMETRIC>
 INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (*y)[ROWS]) {
     constexpr int P = ROWS / W;
@@ -263,6 +273,7 @@ INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (
     const int64_t chunks = w.K / CHUNK, per_group = w.G / CHUNK, groups = w.K / w.G;
     const uint32_t* words = w.words + block * chunks * BITS * ROWS;
     F sum[T][P] = {};
+    constexpr bool IN_MEMORY = W == 8 && T * P == 8;  // these sums and Products' own would take all registers
     for (int64_t g = 0; g < groups; g++) {
         F scale[P];
         I zero[P] = {};
@@ -282,7 +293,7 @@ INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (
             Products<W, BITS, PLANES, T>::of(words, x, chunks, [&](int t, int p, I dot) ALWAYS_INLINE {
                 if (!SYMMETRIC && w.zero) dot -= zero[p] * x[t * chunks].sum;
                 sum[t][p] += __builtin_convertvector(dot, F) * (scale[p] * x[t * chunks].scale);
-                if (W == 8 && T == 4) asm("" : "+m"(sum[t][p]));  // no register is left for it; to and fro costs a tenth
+                if (IN_MEMORY) asm("" : "+m"(sum[t][p]));
             });
         }
     }
@@ -298,9 +309,8 @@ INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last)
     for (; last - first >= T; first += T) {
         float y[T][ROWS];
         const auto* these = x + first * (job.weight.K / CHUNK);
-        constexpr bool KNOWN = W == 8;  // on AVX2 a test of each product costs a tenth
-        if (KNOWN && !job.weight.zero)
-            tile<W, BITS, PLANES, T, KNOWN>(job.weight, block, these, y);
+        if (W == 8 && !job.weight.zero)  // a test at each product costs AVX2 a tenth
+            tile<W, BITS, PLANES, T, W == 8>(job.weight, block, these, y);
         else
             tile<W, BITS, PLANES, T, false>(job.weight, block, these, y);
         for (int t = 0; t < T; t++)
@@ -317,7 +327,7 @@ INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last)
 
 template <int W, int BITS, int PLANES>
 INLINE void matmul_blocks(const Matmul& job, int64_t first, int64_t last) {
-    constexpr int T = W == 16 ? 16 : W == 8 ? 16 / (BITS * PLANES) : 2;  // as many sums as the registers hold
+    constexpr int T = W == 16 ? 16 : W == 8 ? 16 / (BITS * PLANES) : 2;  // as many as the registers hold
     const int64_t per_token = job.weight.K / CHUNK * static_cast<int64_t>(sizeof(Chunk<PLANES>));
     const int64_t tokens = std::max<int64_t>(1, L2_BYTES / per_token / T) * T;
     for (int64_t m = 0; m < job.M; m += tokens)

@@ -239,8 +239,10 @@ def test_threads_change_nothing(compiled):
         torch.set_num_threads(before)
 
 
-def test_a_token_does_not_depend_on_its_batch(compiled):
-    packed, x = compiled.pack(*random_weight(48, 512, 32, 4, True)), torch.randn(200, 512)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_token_does_not_depend_on_its_batch(compiled, bits, symmetric):
+    packed, x = compiled.pack(*random_weight(48, 512, 32, bits, symmetric)), torch.randn(200, 512)
     for exactly in (True, False):
         y = compiled.matmul(x, packed, exactly)
         for M in (1, 2, 3, 7, 12, 13, 193):
