@@ -3,9 +3,10 @@
 #include <algorithm>
 #include <cstdint>
 
-#if defined(__x86_64__) && !defined(PORTABLE_ONLY)
+// clang checks the registers of `asm` before it knows the target of the function that this is inlined into
+#if defined(__x86_64__) && !defined(__clang__) && !defined(PORTABLE_ONLY)
 #define X86
-#if defined(__clang__) || __GNUC__ >= 10
+#if __GNUC__ >= 10
 #define X86_BF16  // older ones do not know it
 #endif
 #endif
