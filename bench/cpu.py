@@ -27,8 +27,8 @@ HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCAB = 4096, 14336, 32, 32, 8, 32000
 PREFILLS = (16, 128, 512)
 DEPTH = 2048
 TOKENS = 32  # of a measurement of decoding
-ISAS = ("plain C++", "AVX2", "AVX-512 VNNI", "AVX-512 VNNI and BF16")  # what our kernels use
 DUELS = 3  # such measurements of everyone, in turn, in a round
+ISAS = ("plain C++", "AVX2", "AVX-512 VNNI", "AVX-512 VNNI and BF16")  # minichat.kernels.cpu.isa()
 # what a CPU says of itself in /proc/cpuinfo, and llama.cpp's option for it. No AMX: some virtual machines name it and
 # stop a program that uses it.
 OPTIONS = {

@@ -327,7 +327,7 @@ INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last)
 
 template <int W, int BITS, int PLANES>
 INLINE void matmul_blocks(const Matmul& job, int64_t first, int64_t last) {
-    constexpr int T = W == 16 ? 16 : W == 8 ? 16 / (BITS * PLANES) : 2;  // as many as the registers hold
+    constexpr int T = W == 16 ? 16 : W == 8 ? 16 / (BITS * PLANES) : 2;  // sums for the registers; AVX2's: Products'
     const int64_t per_token = job.weight.K / CHUNK * static_cast<int64_t>(sizeof(Chunk<PLANES>));
     const int64_t tokens = std::max<int64_t>(1, L2_BYTES / per_token / T) * T;
     for (int64_t m = 0; m < job.M; m += tokens)
