@@ -1,15 +1,15 @@
 // Attention of one token over the KV cache on the CPU: 4 query heads that share a key head, so that each key and value
 // is read once for them. step_cpu.cpp calls it.
 //
-//   score    scores (seen, 4) = keys (seen, Hd) @ queries (4, Hd)^T
-//   softmax  scores to weights, not yet divided by their sums
-//   mix      out (4, Hd) = weights (seen, 4)^T @ values (seen, Hd)
+//   score    scores (seen, 4) = keys (seen, Hd) @ queries (4, Hd)^T, and the largest of each head
+//   mix      out (4, Hd) = weights (seen, 4)^T @ values (seen, Hd), the weights e^(score - largest), and their sums
 //
-// One after the other over all keys that are seen: keys and values in turn, by an online softmax, are two streams out of
-// memory, and slower by a tenth and more.
+// One after the other over all keys that are seen: keys and values in turn, by an online softmax, are two streams out
+// of memory, and slower by a tenth and more.
 //
-// A cache of bf16 is read at the speed of memory if its numbers are multiplied two at a time; one of signed bytes only if
-// four are. So there are three ways to multiply, of which each names the layouts that suit it: Floats, Pairs, Bytes.
+// AVX-512 reads a cache of bf16 at the speed of memory if its numbers are multiplied two at a time; one of signed bytes
+// only if four are. So there are three ways to multiply, of which each names the layouts that suit it: Floats, Pairs,
+// Bytes.
 #pragma once
 #include <type_traits>
 
@@ -30,7 +30,8 @@ INLINE typename Lanes<W>::F exponential(typename Lanes<W>::F x) {
     x = tiny ? F{} : x;
     const F n = (x * 1.44269504f + 0x1.8p23f) - 0x1.8p23f;
     const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    const F series = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r / 720)))));
+    const F last = 1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720)));
+    const F series = 1.0f + r * (1.0f + r * (0.5f + r * last));
     const F power = (F)((__builtin_convertvector(n, I) + 127) << 23);
     return tiny ? F{} : series * power;
 }
@@ -47,8 +48,8 @@ INLINE V by_head(V v, Of of) {
 }
 
 // Sums of the lanes of N vectors: of all lanes, in the order of the vectors, if there are as many as lanes; of four
-// vectors, (W / 4, 4), those of each four lanes. Each level halves their number: neighbours of two vectors side by side,
-// first within four lanes (which costs less), then of fours.
+// vectors, (W / 4, 4), those of each four lanes. Each level halves their number: neighbours of two vectors side by
+// side, first within four lanes (which costs less), then of fours.
 template <int W, int LEVEL = 1, class V, int N>
 INLINE V sums_of(V (&v)[N]) {
     typename Lanes<W>::I one, other;
@@ -58,8 +59,9 @@ INLINE V sums_of(V (&v)[N]) {
         if (LEVEL == 2) one[i] = four + at % 2 + at / 2 * W, other[i] = one[i] + 2;
         if (LEVEL > 2) one[i] = pair + (i < W / 2 ? 0 : W), other[i] = one[i] + 4;
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < N >> LEVEL; i++) v[i] = pick(v[2 * i], v[2 * i + 1], one) + pick(v[2 * i], v[2 * i + 1], other);
+    each<(N >> LEVEL)>([&](int i) ALWAYS_INLINE {
+        v[i] = pick(v[2 * i], v[2 * i + 1], one) + pick(v[2 * i], v[2 * i + 1], other);
+    });
     if constexpr (2 << LEVEL <= N) return sums_of<W, LEVEL + 1>(v);
     return v[0];
 }
@@ -74,11 +76,13 @@ INLINE const float* scales_of(const float* scales, int64_t k, int64_t seen, floa
 // Lane i: the number of its key, of W / 4.
 template <int W>
 INLINE typename Lanes<W>::F by_key(const float* numbers) {
-    typename Lanes<W>::F few{};
-    __builtin_memcpy(&few, numbers, sizeof few / HEADS);
-    typename Lanes<W>::I key;
-    for (int i = 0; i < W; i++) key[i] = i / HEADS;
-    return pick(few, few, key);
+    auto all = everywhere<W>(numbers);
+    for (int k = 1; k < W / HEADS; k++) {
+        typename Lanes<W>::I lane;
+        for (int i = 0; i < W; i++) lane[i] = i < k * HEADS ? i : W + i;
+        all = pick(all, everywhere<W>(numbers + k), lane);
+    }
+    return all;
 }
 
 // What makes integers up to `top` of numbers up to `most`: 0 if there are none to make.
@@ -93,14 +97,11 @@ INLINE typename Of::F products_of(const typename Of::Number* q, int64_t Hd, cons
     typename Of::Sum sum[W] = {};
     for (int64_t d = 0; d < Hd; d += 2 * W) {
         decltype(Of::load(keys, d)) key[KEYS];
-#pragma GCC unroll 4
-        for (int i = 0; i < KEYS; i++) key[i] = Of::load(keys, rows[i] + d);
-#pragma GCC unroll 4
-        for (int h = 0; h < HEADS; h++) {
-            const auto query = Of::load(q + h * Hd + d);
-#pragma GCC unroll 4
-            for (int i = 0; i < KEYS; i++) sum[i * HEADS + h] = Of::multiply(sum[i * HEADS + h], query, key[i]);
-        }
+        each<KEYS>([&](int i) ALWAYS_INLINE { key[i] = Of::load(keys, rows[i] + d); });
+        each<HEADS * KEYS>([&](int at) ALWAYS_INLINE {
+            const int h = at / KEYS, i = at % KEYS;
+            Of::multiply(sum[i * HEADS + h], key[i], q + h * Hd + d);
+        });
     }
     return __builtin_convertvector(sums_of<W>(sum), typename Of::F);
 }
@@ -138,12 +139,9 @@ struct Floats {
         return {(F)(words << 16), (F)(words & 0xffff0000)};
     }
 
-    static INLINE Numbers load(const Number* query) { return {::load<F>(query), ::load<F>(query + W)}; }
-
-    static INLINE Sum multiply(Sum sum, const Numbers& a, const Numbers& b) {
-        sum += a.part[0] * b.part[0];
-        sum += a.part[1] * b.part[1];
-        return sum;
+    static INLINE void multiply(Sum& sum, const Numbers& key, const Number* query) {
+        sum += key.part[0] * ::load<F>(query);
+        sum += key.part[1] * ::load<F>(query + W);
     }
 
     static INLINE F rounded(F weights) { return weights; }
@@ -152,7 +150,7 @@ struct Floats {
 
     static INLINE Numbers values(const void* cache, const int64_t* rows) { return load(cache, rows[0]); }
 
-    static INLINE Sum mix(Sum sum, F value, Word weight) { return sum + value * weight; }
+    static INLINE void mix(Sum& sum, F value, Word weight) { sum += value * weight; }
 
     static INLINE F total(Sum sum, float) { return sum; }
 };
@@ -202,24 +200,30 @@ struct Pairs {
         return wide;
     }
 
-    static INLINE V load(const Number* query) { return ::load<V>(query); }
+    static INLINE void multiply(Sum& sum, V key, const Number* query) {
+        if constexpr (W == 16) {
+            multiply(sum, ::load<V>(query), key);
+        } else {  // from memory: one instruction less
+            V products;
+            asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+                : "+x"(sum), "=&x"(products) : "x"(key), "m"(*reinterpret_cast<const Number(*)[2 * W]>(query)));
+        }
+    }
 
-    static INLINE Sum multiply(Sum sum, V a, V b) {
+    static INLINE void multiply(Sum& sum, V a, V b) {
         if constexpr (W == 16 && KIND == BF16) {
             asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
         } else if constexpr (W == 16) {
             asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-        } else {
-            I products;
-            asm("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(a), "x"(b));
-            sum += products;
+        } else {  // in one piece: compilers put off the additions, and then every product takes a register, or memory
+            V products;
+            asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(a), "x"(b));
         }
-        return sum;
     }
 
     static INLINE F rounded(F weights) { return KIND == BF16 ? to_bf16<W>(weights) : weights; }
 
-    // weights (BLOCK, 4) -> (BLOCK / 2, 4) of two keys each, and by head what sums of integers are to be multiplied with
+    // weights (BLOCK, 4) -> (BLOCK / 2, 4) of two keys each, and by head what sums of integers are to be multiplied by
     static INLINE const Word* words(const float* weights, Word* out, float* scales) {
         const F inverse = inverses(weights, TOP, scales);
         I first, second;  // lanes of each two keys in two vectors
@@ -258,7 +262,7 @@ struct Pairs {
         return {pick(one, other, low), pick(one, other, high)};
     }
 
-    static INLINE Sum mix(Sum sum, V value, Word weights) { return multiply(sum, value, (V)(U{} + weights)); }
+    static INLINE void mix(Sum& sum, V value, Word weights) { multiply(sum, value, (V)(U{} + weights)); }
 
     static INLINE F total(Sum sum, float scale) {
         if constexpr (KIND == BF16) return sum;
@@ -266,9 +270,9 @@ struct Pairs {
     }
 };
 
-// As signed bytes, of which one instruction multiplies four with unsigned ones and adds them up: queries and weights of 8
-// bits too. 16 numbers of each of the 4 heads lie in one vector, and 16 of a key are broadcast to all of them: a key's
-// sums are then in four lanes a head, not in sixteen.
+// As signed bytes, of which one instruction multiplies four with unsigned ones and adds them up: queries and weights of
+// 8 bits too. 16 numbers of each of the 4 heads lie in one vector, and 16 of a key are broadcast to all of them: a
+// key's sums are then in four lanes a head, not in sixteen.
 //
 //   queries  [Hd / 16] [4 heads] [16]    int8
 //   start    [4 heads] [4]               int32: -128 * sum of the query, since keys are taken as key + 128
@@ -344,7 +348,7 @@ struct Bytes : Pairs<16, INT8> {
         return {{(U)pick(a, b, low2), (U)pick(a, b, high2), (U)pick(c, d, low2), (U)pick(c, d, high2)}};
     }
 
-    static INLINE Sum mix(Sum sum, U value, Word weights) { return (Sum)add((U)sum, U{} + weights, value); }
+    static INLINE void mix(Sum& sum, U value, Word weights) { sum = (Sum)add((U)sum, U{} + weights, value); }
 
     static INLINE U add(U sum, U unsigned_bytes, U bytes) {
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(unsigned_bytes), "v"(bytes));
@@ -353,111 +357,112 @@ struct Bytes : Pairs<16, INT8> {
 };
 #endif
 
-// ---- a token's attention ---------------------------------------------------------------------------------------------
+// ---- a token's attention --------------------------------------------------------------------------------------------
 constexpr int64_t size_of(Kind kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
 
-// Asks for `count` numbers of a cache from the at-th on, but for none from the end-th on. LOCALITY 3: into the first
+// Asks for `count` numbers of a cache from the at-th on, unless they begin past the end. LOCALITY 3: into the first
 // cache; 2: into the second one, which can wait for more of them.
 template <Kind KIND, int LOCALITY>
 INLINE void fetch(const void* cache, int64_t at, int64_t count, int64_t end) {
-    const char* bytes = static_cast<const char*>(cache);
-    for (int64_t i = at; i < std::min(at + count, end); i += 64 / size_of(KIND))
-        __builtin_prefetch(bytes + i * size_of(KIND), 0, LOCALITY);
+    const char* bytes = static_cast<const char*>(cache) + at * size_of(KIND);
+    if (at >= end) return;
+    for (int64_t i = 0; i < count * size_of(KIND); i += 64) __builtin_prefetch(bytes + i, 0, LOCALITY);
 }
 
-// scores (whole blocks of keys, 4) of the queries with the keys that begin at `at`, times `by`, which has a lane for each
-// head; -inf where a key is not seen
+// Whether all of a block's keys are seen (255), or none (0).
+INLINE bool all_are(const uint8_t* sees, uint8_t value) {
+    uint8_t other = 0;
+    for (int i = 0; i < BLOCK; i++) other |= sees[i] ^ value;
+    return other == 0;
+}
+
+// The scores of W / 4 keys; -inf where one is not seen.
+template <int W>
+INLINE typename Lanes<W>::F only_seen(typename Lanes<W>::F scores, const uint8_t* sees) {
+    typename Lanes<W>::I seen;
+    for (int i = 0; i < W; i++) seen[i] = sees[i / HEADS] ? -1 : 0;
+    return seen ? scores : typename Lanes<W>::F{} - __builtin_inff();
+}
+
+// scores (whole blocks of keys, 4) of the queries with the keys that begin at `at`, times `by`, which has a lane for
+// each head; -inf where a key is not seen. Returns the largest of each head, in its lanes.
 template <class Of>
-INLINE void score(const typename Of::Number* q, typename Of::F by, const void* keys, int64_t at, int64_t seen,
-                  int64_t Hd, const uint8_t* sees, const float* scales, float* scores) {
+INLINE typename Of::F score(const typename Of::Number* q, typename Of::F by, const void* keys, int64_t at, int64_t seen,
+                            int64_t Hd, const uint8_t* sees, const float* scales, float* scores) {
     using F = typename Of::F;
-    constexpr int KEYS = Of::W / HEADS;
-    for (int64_t first = 0; first < seen; first += BLOCK) {
+    constexpr int W = Of::W, KEYS = W / HEADS;
+    const int64_t end = at + seen * Hd;
+    F most = F{} - __builtin_inff();
+    for (int64_t first = 0; first < seen; first += BLOCK, sees += BLOCK, scores += BLOCK * HEADS) {
+        if (all_are(sees, 0)) {
+            std::fill(scores, scores + BLOCK * HEADS, -__builtin_inff());
+            continue;
+        }
         float room[BLOCK];
         const float* scale = Of::KIND == INT8 ? scales_of(scales, first, seen, room) : nullptr;
-        for (int64_t k = first; k < first + BLOCK; k += KEYS) {
-            int64_t rows[KEYS];
-#pragma GCC unroll 4
-            for (int i = 0; i < KEYS; i++) {
-                rows[i] = at + std::min(k + i, seen - 1) * Hd;
-                fetch<Of::KIND, 3>(keys, rows[i] + AHEAD / size_of(Of::KIND), Hd, at + seen * Hd);
-            }
-            uint8_t none[KEYS] = {}, all[KEYS];
-            std::fill(all, all + KEYS, uint8_t(255));
-            F found = __builtin_memcmp(sees + k, none, KEYS) ? Of::products(q, Hd, keys, rows) * by : F{};
-            if (Of::KIND == INT8) found *= by_key<Of::W>(scale + k - first);
+        const bool all = all_are(sees, 255);
+        int64_t row = at + first * Hd;
+        for (int k = 0; k < BLOCK; k += KEYS, row += KEYS * Hd) {
+            fetch<Of::KIND, 3>(keys, row + AHEAD / size_of(Of::KIND), KEYS * Hd, end);
+            int64_t rows[KEYS];  // of keys past the last, its own again
+            each<KEYS>([&](int i) ALWAYS_INLINE { rows[i] = std::min(row + i * Hd, end - Hd); });
+            F found = Of::products(q, Hd, keys, rows) * by;
+            if (Of::KIND == INT8) found *= by_key<W>(scale + k);
+            if (!all) found = only_seen<W>(found, sees + k);
             store(scores + k * HEADS, found);
-            if (__builtin_memcmp(sees + k, all, KEYS))
-                for (int i = 0; i < KEYS * HEADS; i++)
-                    if (!sees[k + i / HEADS]) scores[k * HEADS + i] = -__builtin_inff();
+            most = found > most ? found : most;
         }
     }
+    return by_head<W>(most, [](F a, F b) ALWAYS_INLINE { return a > b ? a : b; });
 }
 
-// Scores to weights, not yet divided by their sums, which it returns; of bytes, times the scales of the values. A quarter
-// of the values is asked for meanwhile: memory would have nothing to do.
-template <class Of>
-INLINE typename Of::F softmax(float* scores, const void* values, int64_t at, int64_t seen, int64_t Hd,
-                              const float* scales) {
-    constexpr int W = Of::W, KEYS = W / HEADS;
+// out (4, Hd) = weights (seen, 4)^T @ values (seen, Hd), the weights e^(score - most); of bytes, times the scales of
+// the values. Some keys at a time, and of those P times PARTS vectors at a time. `out` has them in the order of
+// Of::place, not yet divided by the sums of the weights, which are returned.
+template <class Of, int P>
+INLINE typename Of::F mix(const float* scores, typename Of::F most, const void* values, int64_t at, int64_t seen,
+                          int64_t Hd, const float* scales, float* out) {
     using F = typename Of::F;
-    F most = load<F>(scores), sums{};
-    for (int64_t k = KEYS; k < seen; k += KEYS) {
-        const F v = load<F>(scores + k * HEADS);
-        most = v > most ? v : most;
-    }
-    most = by_head<W>(most, [](F a, F b) ALWAYS_INLINE { return a > b ? a : b; });
-    for (int64_t first = 0; first < seen; first += BLOCK) {
-        float room[BLOCK];
+    constexpr int W = Of::W, KEYS = W / HEADS, TOGETHER = Of::TOGETHER, PARTS = Of::PARTS, COLUMNS = P * PARTS * W;
+    std::fill(out, out + HEADS * Hd, 0.0f);
+    F sums{};
+    for (int64_t first = 0; first < seen; first += BLOCK, scores += BLOCK * HEADS) {
+        float weights[BLOCK * HEADS], room[BLOCK], undo[HEADS] = {};
         const float* scale = Of::KIND == INT8 ? scales_of(scales, first, seen, room) : nullptr;
-        fetch<Of::KIND, 2>(values, at + first / 4 * Hd, BLOCK / 4 * Hd, at + seen * Hd);
         for (int k = 0; k < BLOCK; k += KEYS) {
-            float* score = scores + (first + k) * HEADS;
-            const F e = Of::rounded(exponential<W>(load<F>(score) - most));
+            const F e = Of::rounded(exponential<W>(load<F>(scores + k * HEADS) - most));
             sums += e;
-            store(score, Of::KIND == INT8 ? e * by_key<W>(scale + k) : e);
+            store(weights + k * HEADS, Of::KIND == INT8 ? e * by_key<W>(scale + k) : e);
+        }
+        typename Of::Word words_room[BLOCK * HEADS / 2];
+        const auto* words = Of::words(weights, words_room, undo);
+        const int64_t end = at + std::min(first + BLOCK, seen) * Hd;
+        int64_t next = at + first * Hd + AHEAD / size_of(Of::KIND);  // in order, though values are not read so
+        for (int64_t d = 0; d < Hd; d += COLUMNS, next += BLOCK * COLUMNS) {
+            fetch<Of::KIND, 2>(values, next, BLOCK * COLUMNS, at + seen * Hd);
+            typename Of::Sum sum[HEADS][P][PARTS] = {};
+            const auto* word = words;
+            for (int64_t row = at + first * Hd; row < end; row += TOGETHER * Hd, word += HEADS) {
+                each<P>([&](int i) ALWAYS_INLINE {
+                    int64_t rows[TOGETHER];  // of keys past the last, its own again
+                    each<TOGETHER>([&](int j) ALWAYS_INLINE {
+                        rows[j] = (j ? std::min(row + j * Hd, end - Hd) : row) + d + i * PARTS * W;
+                    });
+                    const auto value = Of::values(values, rows);
+                    each<HEADS * PARTS>([&](int at) ALWAYS_INLINE {
+                        const int h = at / PARTS, part = at % PARTS;
+                        Of::mix(sum[h][i][part], value.part[part], word[h]);
+                    });
+                });
+            }
+            each<HEADS * P * PARTS>([&](int at) ALWAYS_INLINE {
+                const int h = at / (P * PARTS), p = at % (P * PARTS);
+                float* to = out + h * Hd + d + p * W;
+                store(to, load<F>(to) + Of::total(sum[h][p / PARTS][p % PARTS], undo[h]));
+            });
         }
     }
     return by_head<W>(sums, [](F a, F b) ALWAYS_INLINE { return a + b; });
-}
-
-// out (4, Hd) += weights (seen, 4)^T @ values (seen, Hd): some keys at a time, and of those P times PARTS vectors at a
-// time. `out` has them in the order of Of::place.
-template <class Of, int P>
-INLINE void mix(const float* weights, const void* values, int64_t at, int64_t seen, int64_t Hd, float* out) {
-    using F = typename Of::F;
-    constexpr int W = Of::W, TOGETHER = Of::TOGETHER, PARTS = Of::PARTS, COLUMNS = P * PARTS * W;
-    for (int64_t first = 0; first < seen; first += BLOCK) {
-        const int64_t last = std::min(first + BLOCK, seen);
-        typename Of::Word room[BLOCK * HEADS / 2];
-        float scales[HEADS] = {};
-        const auto* words = Of::words(weights + first * HEADS, room, scales);
-        int64_t next = at + first * Hd + AHEAD / size_of(Of::KIND);  // in order, though the values are not read in order
-        for (int64_t d = 0; d < Hd; d += COLUMNS) {
-            typename Of::Sum sum[HEADS][P][PARTS] = {};
-            for (int64_t k = first; k < last; k += TOGETHER) {
-                fetch<Of::KIND, 2>(values, next, TOGETHER * COLUMNS, at + seen * Hd);
-                next += TOGETHER * COLUMNS;
-#pragma GCC unroll 4
-                for (int i = 0; i < P; i++) {
-                    int64_t rows[TOGETHER];
-#pragma GCC unroll 4
-                    for (int j = 0; j < TOGETHER; j++) rows[j] = at + std::min(k + j, last - 1) * Hd + d + i * PARTS * W;
-                    const auto value = Of::values(values, rows);
-#pragma GCC unroll 16
-                    for (int p = 0; p < HEADS * PARTS; p++)
-                        sum[p / PARTS][i][p % PARTS] = Of::mix(sum[p / PARTS][i][p % PARTS], value.part[p % PARTS],
-                                                               words[(k - first) / TOGETHER * HEADS + p / PARTS]);
-                }
-            }
-#pragma GCC unroll 16
-            for (int p = 0; p < HEADS * P * PARTS; p++) {
-                const int h = p / (P * PARTS);
-                float* to = out + h * Hd + d + p % (P * PARTS) * W;
-                store(to, load<F>(to) + Of::total(sum[h][p / PARTS % P][p % PARTS], scales[h]));
-            }
-        }
-    }
 }
 
 }  // namespace

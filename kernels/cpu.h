@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 // clang checks the registers of `asm` before it knows the target of the function that this is inlined into
 #if defined(__x86_64__) && !defined(__clang__) && !defined(PORTABLE_ONLY)
@@ -127,6 +128,17 @@ INLINE V pick(V a, V b, I index) {
 #endif
 }
 
+template <class F, int... I>
+INLINE void each(F f, std::integer_sequence<int, I...>) {
+    (f(I), ...);
+}
+
+// f(0) .. f(N - 1), unrolled from the start: arrays whose indices become constants later than that stay in memory.
+template <int N, class F>
+INLINE void each(F f) {
+    each(f, std::make_integer_sequence<int, N>{});
+}
+
 // W 16-bit numbers, or signed bytes, as 32-bit ones; compilers write each of these instructions as four, or as dozens.
 template <int W>
 INLINE typename Lanes<W>::U widen(const uint16_t* p) {
@@ -150,6 +162,19 @@ INLINE typename Lanes<W>::I widen(const int8_t* p) {
     }
 #endif
     return __builtin_convertvector(load<typename Lanes<W>::S>(p), typename Lanes<W>::I);
+}
+
+// A number in all lanes; compilers put several of them together in memory.
+template <int W>
+INLINE typename Lanes<W>::F everywhere(const float* number) {
+#ifdef X86
+    if constexpr (W > 4) {
+        typename Lanes<W>::F all;
+        asm("vbroadcastss %1, %0" : "=v"(all) : "m"(*number));
+        return all;
+    }
+#endif
+    return typename Lanes<W>::F{} + *number;
 }
 
 // W numbers of a kind as fp32, exactly.

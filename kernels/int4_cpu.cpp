@@ -30,7 +30,6 @@
 // Every function but the product is written once, on vectors of W floats (cpu.h), and compiled for AVX-512 with VNNI
 // (W = 16), AVX2 with FMA (W = 8) and the base instruction set of any machine (W = 4, also on ARM). The caller says
 // which one; best_isa() knows which ones run here.
-#include <utility>
 #include <vector>
 
 #include "cpu.h"
@@ -186,17 +185,6 @@ struct Products {
 };
 
 #ifdef X86
-template <class F, int... I>
-INLINE void each(F f, std::integer_sequence<int, I...>) {
-    (f(I), ...);
-}
-
-// f(0) .. f(N - 1), unrolled from the start: arrays whose indices become constants later than that stay in memory.
-template <int N, class F>
-INLINE void each(F f) {
-    each(f, std::make_integer_sequence<int, N>{});
-}
-
 // AVX2 adds up two products, in 16 bits: at most 3810 with a code below 16, so that eight such pairs fit. A code of 8
 // bits is taken as two of 4, with a sum for each. Eight of the 16 registers hold sums, so each word's codes serve all
 // tokens before the next word is unpacked.

@@ -162,14 +162,14 @@ INLINE void attend(const Step& s, const Layer& layer, const Scratch& mine, int64
                 const float scale = Of::query(q + std::min(g + h, G - 1) * s.Hd, s.Hd, h, queries);
                 for (int64_t i = h; i < W; i += HEADS) by[i] = root * scale;
             }
-            score<Of>(queries, by, layer.keys, first, s.seen, s.Hd, mine.sees + m * mine.stride, key_scales, scores);
-            const auto sums = softmax<Of>(scores, layer.values, first, s.seen, s.Hd, value_scales);
-            std::fill(mixed, mixed + HEADS * s.Hd, 0.0f);
+            const auto most = score<Of>(queries, by, layer.keys, first, s.seen, s.Hd, mine.sees + m * mine.stride,
+                                        key_scales, scores);
+            typename Of::F sums;
             constexpr int P = W == 16 && Of::PARTS == 2 ? 2 : 1;  // as many sums as there are registers for
             if (P == 1 || s.Hd % (P * COLUMNS) == 0)
-                mix<Of, P>(scores, layer.values, first, s.seen, s.Hd, mixed);
+                sums = mix<Of, P>(scores, most, layer.values, first, s.seen, s.Hd, value_scales, mixed);
             else
-                mix<Of, 1>(scores, layer.values, first, s.seen, s.Hd, mixed);
+                sums = mix<Of, 1>(scores, most, layer.values, first, s.seen, s.Hd, value_scales, mixed);
             float* out = mine.attended + (m * s.H + head * G + g) * s.Hd;
             for (int64_t h = 0; h < heads; h++)
                 for (int64_t i = 0; i < s.Hd; i++)
