@@ -3,13 +3,15 @@
 //
 // A token of a 7B is 32 blocks of 7 matmuls. From Python each of them, and every norm and rotation between, costs more
 // than its arithmetic, and threads that wait for one Python thread wait longer still. Here they stay together from the
-// embeddings to the last norm and meet at a barrier between one sum over all columns and the next:
+// embeddings to the last norm, share out what there is to do, and meet at a barrier between one sum over all columns
+// and the next:
 //
 //   norm, to integers | q k v | RoPE, into the cache, attention | to integers | o, + x |
 //   norm, to integers | gate up, SwiGLU               | to integers | down, + x |
 //
-// Each output is computed whole by one thread in an order that depends on neither their number nor the batch, so that
+// Each output is computed whole by one thread in an order that depends on neither which one nor the batch, so that
 // a token has the same logits alone and among others: a draft checked in one batch is what greedy decoding would say.
+#include <atomic>
 #include <cmath>
 #include <utility>
 
@@ -43,11 +45,20 @@ struct Step {
     uint8_t* scratch;
 };
 
+enum Queue { Q, K, V, ATTENTION, O, GATE_UP, DOWN, QUEUES };  // of work that threads share out, in order
+
+constexpr int64_t SOME = 1 << 16;   // bytes of a weight that a thread takes at a time
+
+struct alignas(64) Taken {
+    std::atomic<int64_t> count;     // of a thread's part of a queue, by itself or by others
+};
+
 // ---- scratch: everything that a step writes, in one piece of memory that is there already ---------------------------
 struct Scratch {
     float *h, *qkv, *attended, *gate, *up;  // (M, D), (M, (H + 2 KvH) Hd), (M, H Hd), (M, inner) twice
     uint8_t* chunks;
     float *scores, *queries, *mixed;        // of each thread (stride, HEADS), (HEADS, Hd) twice
+    Taken* taken;                           // (QUEUES, threads)
     uint8_t* sees;                          // (M, stride): 255 for the keys that a token sees, else 0
     int64_t stride, bytes;
 
@@ -72,6 +83,7 @@ struct Scratch {
         scores = reinterpret_cast<float*>(take(4 * threads * HEADS * stride));
         queries = reinterpret_cast<float*>(take(4 * threads * HEADS * s.Hd));
         mixed = reinterpret_cast<float*>(take(4 * threads * HEADS * s.Hd));
+        taken = reinterpret_cast<Taken*>(take(QUEUES * threads * static_cast<int64_t>(sizeof(Taken))));
         sees = take(M * stride);
     }
 };
@@ -209,32 +221,56 @@ struct Thread {
         to_integers(mine.h, s.D, w);  // the same parts: no other thread's are read
     }
 
-    // this thread's rows of y = chunks @ w^T, into columns of a matrix `stride` wide
-    INLINE Range multiply(const Weight& w, float* y, int64_t stride) const {
-        const Range part((w.N + ROWS - 1) / ROWS, thread, threads);
+    // work(range) for all items of a queue, `some` at a time: those of this thread's part in order, then what others have
+    // not begun of theirs. A core that someone else uses too, as on a shared machine, may be half as fast as the next.
+    template <class Work>
+    INLINE void share_out(Queue queue, int64_t count, int64_t some, Work work) const {
+        mine.taken[(queue + QUEUES / 2) % QUEUES * threads + thread].count = 0;  // not in use before they meet again
+        for (int64_t i = thread; i < thread + threads; i++) {
+            const Range part(count, i % threads, threads);
+            std::atomic<int64_t>& taken = mine.taken[queue * threads + i % threads].count;
+            Range here = part;
+            while ((here.first = part.first + taken.fetch_add(some)) < part.last) {
+                here.last = std::min(here.first + some, part.last);
+                work(here);
+            }
+        }
+    }
+
+    // the same of w's blocks of rows
+    template <class Work>
+    INLINE void share_out(Queue queue, const Weight& w, Work work) const {
+        const int64_t bytes = w.K * s.bits / 8 * ROWS;
+        share_out(queue, (w.N + ROWS - 1) / ROWS, std::max<int64_t>(1, SOME / bytes), work);
+    }
+
+    // some rows of y = chunks @ w^T, into columns of a matrix `stride` wide
+    INLINE void multiply(const Weight& w, float* y, int64_t stride, Range blocks) const {
         Matmul job{w, mine.chunks, y, M, stride, FP32};
-        does.matmul[s.bits == 8][s.planes == 2](&job, part.first, part.last);
-        Range rows = part;
-        rows.first *= ROWS;
-        rows.last = std::min(rows.last * ROWS, w.N);
-        return rows;
+        does.matmul[s.bits == 8][s.planes == 2](&job, blocks.first, blocks.last);
     }
 
-    INLINE void multiply_and_add(const Weight& w, float* y) const {
-        const Range rows = multiply(w, y, s.D);
-        for (int64_t m = 0; m < M; m++)
-            for (int64_t n = rows.first; n < rows.last; n++) s.x[m * s.D + n] += y[m * s.D + n];
+    INLINE void multiply(Queue queue, const Weight& w, float* y, int64_t stride) const {
+        share_out(queue, w, [&](Range blocks) ALWAYS_INLINE { multiply(w, y, stride, blocks); });
     }
 
-    INLINE void swiglu(Range columns) const {
+    INLINE void multiply_and_add(Queue queue, const Weight& w, float* y) const {
+        share_out(queue, w, [&](Range blocks) ALWAYS_INLINE {
+            multiply(w, y, s.D, blocks);
+            const int64_t last = std::min(blocks.last * ROWS, w.N);
+            for (int64_t m = 0; m < M; m++)
+                for (int64_t n = blocks.first * ROWS; n < last; n++) s.x[m * s.D + n] += y[m * s.D + n];
+        });
+    }
+
+    INLINE void swiglu(Range blocks) const {  // all widths are multiples of 32
         using F = typename Lanes<W>::F;
         for (int64_t m = 0; m < M; m++)
-            for (int64_t i = columns.first; i < columns.last; i += ROWS)  // all widths are multiples of 32
-                for (int p = 0; p < ROWS; p += W) {
-                    float* gate = mine.gate + m * s.inner + i + p;
-                    const F g = load<F>(gate), limited = g < -80.0f ? F{} - 80.0f : g;
-                    store(gate, g / (1 + exponential<W>(-limited)) * load<F>(mine.up + m * s.inner + i + p));
-                }
+            for (int64_t i = blocks.first * ROWS; i < blocks.last * ROWS; i += W) {
+                float* gate = mine.gate + m * s.inner + i;
+                const F g = load<F>(gate), limited = g < -80.0f ? F{} - 80.0f : g;
+                store(gate, g / (1 + exponential<W>(-limited)) * load<F>(mine.up + m * s.inner + i));
+            }
     }
 
     // What each token sees, the same in all blocks: those before it in its sequence have replaced what was in their
@@ -256,9 +292,9 @@ struct Thread {
 
     template <class Of>
     INLINE void attention(const Layer& layer) const {
-        const Range part(s.B * s.KvH, thread, threads);
-        for (int64_t i = part.first; i < part.last; i++)
-            attend<Of>(s, layer, mine, i / s.KvH, i % s.KvH, thread);
+        share_out(ATTENTION, s.B * s.KvH, 1, [&](Range heads) ALWAYS_INLINE {
+            attend<Of>(s, layer, mine, heads.first / s.KvH, heads.first % s.KvH, thread);
+        });
     }
 
     INLINE void attention(const Layer& layer) const {
@@ -279,31 +315,35 @@ struct Thread {
     }
 
     INLINE void block(const Layer& layer) const {
-        const int64_t Q = s.H * s.Hd, KV = s.KvH * s.Hd, row = Q + 2 * KV;
+        const int64_t keys = s.H * s.Hd, values = keys + s.KvH * s.Hd, row = values + s.KvH * s.Hd;
         norm_to_integers(layer.norm1, layer.q);
         meet();
-        multiply(layer.q, mine.qkv, row);
-        multiply(layer.k, mine.qkv + Q, row);
-        multiply(layer.v, mine.qkv + Q + KV, row);
+        multiply(Q, layer.q, mine.qkv, row);
+        multiply(K, layer.k, mine.qkv + keys, row);
+        multiply(V, layer.v, mine.qkv + values, row);
         meet();
         attention(layer);
         meet();
-        to_integers(mine.attended, Q, layer.o);
+        to_integers(mine.attended, keys, layer.o);
         meet();
-        multiply_and_add(layer.o, mine.h);
+        multiply_and_add(O, layer.o, mine.h);
         meet();
         norm_to_integers(layer.norm2, layer.gate);
         meet();
-        multiply(layer.gate, mine.gate, s.inner);
-        swiglu(multiply(layer.up, mine.up, s.inner));
+        share_out(GATE_UP, layer.gate, [&](Range blocks) ALWAYS_INLINE {
+            multiply(layer.gate, mine.gate, s.inner, blocks);
+            multiply(layer.up, mine.up, s.inner, blocks);
+            swiglu(blocks);
+        });
         meet();
         to_integers(mine.gate, s.inner, layer.down);
         meet();
-        multiply_and_add(layer.down, mine.h);
+        multiply_and_add(DOWN, layer.down, mine.h);
         meet();
     }
 
     INLINE void run() const {
+        for (int queue = 0; queue < QUEUES; queue++) mine.taken[queue * threads + thread].count = 0;
         look();
         for (int64_t i = 0; i < s.count; i++) block(s.layers[i]);
         const Range rows(M, thread, threads);
