@@ -8,8 +8,8 @@
 // of memory, and slower by a tenth and more.
 //
 // AVX-512 reads a cache of bf16 at the speed of memory if its numbers are multiplied two at a time; one of signed bytes
-// only if four are. So there are three ways to multiply, of which each names the layouts that suit it: Floats, Pairs,
-// Bytes.
+// only if four are. AVX2 has an instruction for two 16-bit integers alone: it takes bytes so, and bf16 as floats. So
+// there are three ways to multiply, of which each names the layouts that suit it: Floats, Pairs, Bytes.
 #pragma once
 #include <type_traits>
 
@@ -18,7 +18,7 @@
 namespace {
 
 constexpr int HEADS = 4;   // of those that share a key head, handled together: each key and value is read once for them
-constexpr int BLOCK = 32;  // keys whose values are used in turn for all of Hd, from the nearest cache
+constexpr int BLOCK = 32;  // keys that are seen or not at a glance, and whose values stay near for all of Hd
 constexpr int64_t AHEAD = 8192;  // bytes of keys or values that are asked for before they are used
 
 // e^x for x <= 88, to 2e-7; 0 below -87. 2^n by its bits, and e^r for |r| <= ln 2 / 2 by its series.
@@ -364,8 +364,8 @@ constexpr int64_t size_of(Kind kind) { return kind == FP32 ? 4 : kind == BF16 ? 
 // cache; 2: into the second one, which can wait for more of them.
 template <Kind KIND, int LOCALITY>
 INLINE void fetch(const void* cache, int64_t at, int64_t count, int64_t end) {
-    const char* bytes = static_cast<const char*>(cache) + at * size_of(KIND);
     if (at >= end) return;
+    const char* bytes = static_cast<const char*>(cache) + at * size_of(KIND);
     for (int64_t i = 0; i < count * size_of(KIND); i += 64) __builtin_prefetch(bytes + i, 0, LOCALITY);
 }
 
@@ -449,14 +449,14 @@ INLINE typename Of::F mix(const float* scores, typename Of::F most, const void* 
                         rows[j] = (j ? std::min(row + j * Hd, end - Hd) : row) + d + i * PARTS * W;
                     });
                     const auto value = Of::values(values, rows);
-                    each<HEADS * PARTS>([&](int at) ALWAYS_INLINE {
-                        const int h = at / PARTS, part = at % PARTS;
+                    each<HEADS * PARTS>([&](int which) ALWAYS_INLINE {
+                        const int h = which / PARTS, part = which % PARTS;
                         Of::mix(sum[h][i][part], value.part[part], word[h]);
                     });
                 });
             }
-            each<HEADS * P * PARTS>([&](int at) ALWAYS_INLINE {
-                const int h = at / (P * PARTS), p = at % (P * PARTS);
+            each<HEADS * P * PARTS>([&](int which) ALWAYS_INLINE {
+                const int h = which / (P * PARTS), p = which % (P * PARTS);
                 float* to = out + h * Hd + d + p * W;
                 store(to, load<F>(to) + Of::total(sum[h][p / PARTS][p % PARTS], undo[h]));
             });

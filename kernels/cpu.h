@@ -164,7 +164,7 @@ INLINE typename Lanes<W>::I widen(const int8_t* p) {
     return __builtin_convertvector(load<typename Lanes<W>::S>(p), typename Lanes<W>::I);
 }
 
-// A number in all lanes; compilers put several of them together in memory.
+// A number in all lanes. Of several, compilers make one vector, in memory, and load that: it waits for the stores.
 template <int W>
 INLINE typename Lanes<W>::F everywhere(const float* number) {
 #ifdef X86

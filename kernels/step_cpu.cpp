@@ -3,7 +3,7 @@
 //
 // A token of a 7B is 32 blocks of 7 matmuls. From Python each of them, and every norm and rotation between, costs more
 // than its arithmetic, and threads that wait for one Python thread wait longer still. Here they stay together from the
-// embeddings to the last norm, share out what there is to do, and meet at a barrier between one sum over all columns
+// embeddings to the last norm, share out matmuls and heads, and meet at a barrier between one sum over all columns
 // and the next:
 //
 //   norm, to integers | q k v | RoPE, into the cache, attention | to integers | o, + x |
@@ -47,7 +47,7 @@ struct Step {
 
 enum Queue { Q, K, V, ATTENTION, O, GATE_UP, DOWN, QUEUES };  // of work that threads share out, in order
 
-constexpr int64_t SOME = 1 << 16;   // bytes of a weight that a thread takes at a time
+constexpr int64_t SOME = 1 << 16;   // bytes of a weight that a thread takes at a time, if a block of rows has less
 
 struct alignas(64) Taken {
     std::atomic<int64_t> count;     // of a thread's part of a queue, by itself or by others
@@ -221,27 +221,28 @@ struct Thread {
         to_integers(mine.h, s.D, w);  // the same parts: no other thread's are read
     }
 
-    // work(range) for all items of a queue, `some` at a time: those of this thread's part in order, then what others have
-    // not begun of theirs. A core that someone else uses too, as on a shared machine, may be half as fast as the next.
-    template <class Work>
-    INLINE void share_out(Queue queue, int64_t count, int64_t some, Work work) const {
-        mine.taken[(queue + QUEUES / 2) % QUEUES * threads + thread].count = 0;  // not in use before they meet again
+    // take(range) for all items of a queue, `some` at a time: those of this thread's part in order, then what others
+    // have not begun of theirs. A core that someone else uses too, as on a shared machine, may be half as fast as the
+    // next. The queue half way round is made ready for its next turn: barriers lie between the two, before and after.
+    template <class Take>
+    INLINE void share_out(Queue queue, int64_t count, int64_t some, Take take) const {
+        mine.taken[(queue + QUEUES / 2) % QUEUES * threads + thread].count = 0;
         for (int64_t i = thread; i < thread + threads; i++) {
             const Range part(count, i % threads, threads);
             std::atomic<int64_t>& taken = mine.taken[queue * threads + i % threads].count;
             Range here = part;
             while ((here.first = part.first + taken.fetch_add(some)) < part.last) {
                 here.last = std::min(here.first + some, part.last);
-                work(here);
+                take(here);
             }
         }
     }
 
     // the same of w's blocks of rows
-    template <class Work>
-    INLINE void share_out(Queue queue, const Weight& w, Work work) const {
+    template <class Take>
+    INLINE void share_out(Queue queue, const Weight& w, Take take) const {
         const int64_t bytes = w.K * s.bits / 8 * ROWS;
-        share_out(queue, (w.N + ROWS - 1) / ROWS, std::max<int64_t>(1, SOME / bytes), work);
+        share_out(queue, (w.N + ROWS - 1) / ROWS, std::max<int64_t>(1, SOME / bytes), take);
     }
 
     // some rows of y = chunks @ w^T, into columns of a matrix `stride` wide
@@ -315,7 +316,7 @@ struct Thread {
     }
 
     INLINE void block(const Layer& layer) const {
-        const int64_t keys = s.H * s.Hd, values = keys + s.KvH * s.Hd, row = values + s.KvH * s.Hd;
+        const int64_t keys = s.H * s.Hd, values = keys + s.KvH * s.Hd, row = values + s.KvH * s.Hd;  // columns of qkv
         norm_to_integers(layer.norm1, layer.q);
         meet();
         multiply(Q, layer.q, mine.qkv, row);
@@ -324,7 +325,7 @@ struct Thread {
         meet();
         attention(layer);
         meet();
-        to_integers(mine.attended, keys, layer.o);
+        to_integers(mine.attended, layer.o.K, layer.o);
         meet();
         multiply_and_add(O, layer.o, mine.h);
         meet();
@@ -336,7 +337,7 @@ struct Thread {
             swiglu(blocks);
         });
         meet();
-        to_integers(mine.gate, s.inner, layer.down);
+        to_integers(mine.gate, layer.down.K, layer.down);
         meet();
         multiply_and_add(DOWN, layer.down, mine.h);
         meet();
