@@ -47,7 +47,7 @@ struct Step {
 
 enum Queue { Q, K, V, ATTENTION, O, GATE_UP, DOWN, QUEUES };  // of work that threads share out, in order
 
-constexpr int64_t SOME = 1 << 16;   // bytes of a weight that a thread takes at a time, if a block of rows has less
+constexpr int64_t TAKE_BYTES = 1 << 16;  // of a weight, by a thread at a time; a block of rows may have more
 
 struct alignas(64) Taken {
     std::atomic<int64_t> count;     // of a thread's part of a queue, by itself or by others
@@ -203,10 +203,10 @@ struct Thread {
         if (threads > 1) GOMP_barrier();
     }
 
-    // x (M, K) as integers, each thread a part of them
-    INLINE void to_integers(const float* x, int64_t K, const Weight& w) const {
+    // x (M, w.K) as integers, each thread a part of them
+    INLINE void to_integers(const float* x, const Weight& w) const {
         Prepare job{x, FP32, w.zero ? 0 : 1 << (s.bits - 1), mine.chunks};
-        const Range part(M * (K / CHUNK), thread, threads);
+        const Range part(M * (w.K / CHUNK), thread, threads);
         does.prepare[s.bits == 8][s.planes == 2](&job, part.first, part.last);
     }
 
@@ -218,7 +218,7 @@ struct Thread {
             const int64_t last = std::min(part.last - m * per_row, per_row) * CHUNK;
             normalise<W>(s.x + m * s.D, weight, s.eps, s.D, first, last, mine.h + m * s.D);
         }
-        to_integers(mine.h, s.D, w);  // the same parts: no other thread's are read
+        to_integers(mine.h, w);  // the same parts: no other thread's are read
     }
 
     // take(range) for all items of a queue, `some` at a time: those of this thread's part in order, then what others
@@ -242,7 +242,7 @@ struct Thread {
     template <class Take>
     INLINE void share_out(Queue queue, const Weight& w, Take take) const {
         const int64_t bytes = w.K * s.bits / 8 * ROWS;
-        share_out(queue, (w.N + ROWS - 1) / ROWS, std::max<int64_t>(1, SOME / bytes), take);
+        share_out(queue, (w.N + ROWS - 1) / ROWS, std::max<int64_t>(1, TAKE_BYTES / bytes), take);
     }
 
     // some rows of y = chunks @ w^T, into columns of a matrix `stride` wide
@@ -325,7 +325,7 @@ struct Thread {
         meet();
         attention(layer);
         meet();
-        to_integers(mine.attended, layer.o.K, layer.o);
+        to_integers(mine.attended, layer.o);
         meet();
         multiply_and_add(O, layer.o, mine.h);
         meet();
@@ -337,7 +337,7 @@ struct Thread {
             swiglu(blocks);
         });
         meet();
-        to_integers(mine.gate, layer.down.K, layer.down);
+        to_integers(mine.gate, layer.down);
         meet();
         multiply_and_add(DOWN, layer.down, mine.h);
         meet();
