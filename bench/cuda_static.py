@@ -14,6 +14,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,8 +104,8 @@ def matmul(
     return figures
 
 
-def others(target: int) -> dict[str, dict]:
-    """The kernels beside the matmuls."""
+def others(target: int) -> dict[str, Callable]:
+    """What compiles the kernels beside the matmuls, by name."""
     pdl = target >= 90
 
     def attention(HD: int):
@@ -112,46 +114,58 @@ def others(target: int) -> dict[str, dict]:
             ASM=True, PDL=pdl,
         )  # fmt: skip
 
-    found = {
-        **{f"attention, heads of {HD}": attention(HD) for HD in (32, 64, 128, 256)},
-        "embed": compiled(step.embed_kernel, target, BLOCK=step.WIDTH),
-        "dequantize": compiled(int4.dequantize_kernel, target, G=128, SYMMETRIC=True),
-        "quantize": compiled(
-            int4.quantize_kernel, target, other={"scale": "*fp32", "zero": "*fp32"}, G=128, BLOCK=2048 // 128
-        ),
+    quantise = {"other": {"scale": "*fp32", "zero": "*fp32"}, "G": 128, "BLOCK": 2048 // 128}
+    return {
+        **{f"attention, heads of {HD}": partial(attention, HD) for HD in (32, 64, 128, 256)},
+        "embed": partial(compiled, step.embed_kernel, target, BLOCK=step.WIDTH),
+        "dequantize": partial(compiled, int4.dequantize_kernel, target, G=128, SYMMETRIC=True),
+        "quantize": partial(compiled, int4.quantize_kernel, target, **quantise),
     }
-    figures = {}
-    for name, kernel in found.items():
-        figures[name] = examine(kernel.asm["cubin"])
-        del figures[name]["loop"]
-        figures[name]["shared_bytes"] = kernel.metadata.shared
-    return figures
+
+
+def figures_of(compiles: Callable) -> dict:
+    kernel = compiles()
+    figures = examine(kernel.asm["cubin"])
+    del figures["loop"]
+    return {**figures, "shared_bytes": kernel.metadata.shared}
+
+
+def all_of(target: int, token_counts: list[int]) -> dict[str, Callable]:
+    """What compiles and examines each kernel, by name."""
+    found = {}
+    for tokens in token_counts:
+        for then in ("", "silu", "add") if tokens <= 32 else ("",):
+            name = f"linear{then and '+' + then}, {tokens} token{'s' * (tokens > 1)}"
+            found[name] = partial(matmul, target, tokens, then)
+    found["linear, 1 token, groups of 32 with zero-points"] = partial(matmul, target, 1, "", group=32, symmetric=False)
+    found["linear, 1 token, groups of 64"] = partial(matmul, target, 1, "", group=64)
+    found["linear, 1 token, fp16"] = partial(matmul, target, 1, "", kind="fp16")
+    for then in ("", "silu", "add"):
+        found[f"linear{then and '+' + then}, 1 token, bf16 weights"] = partial(matmul, target, 1, then, bits=16)
+        if len(token_counts) > 1:
+            found[f"linear{then and '+' + then}, 32 tokens, bf16 weights"] = partial(matmul, target, 32, then, bits=16)
+    return found | {name: partial(figures_of, compiles) for name, compiles in others(target).items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 32, 64, 128], help="of a matmul")
+    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="sm_80 is 80")
+    parser.add_argument("--kernels", default="", metavar="REGEX", help="only those whose name matches")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
     parser.add_argument("--record", action="store_true", help="write bench/results/cuda-static.json")
     args = parser.parse_args()
     found: dict[str, dict] = {}
-    for target in TARGETS:
+    for target in args.targets:
         of = found[f"sm_{target}"] = {}
-        for tokens in args.tokens:
-            for then in ("", "silu", "add") if tokens <= 32 else ("",):
-                name = f"linear{then and '+' + then}, {tokens} token{'s' * (tokens > 1)}"
-                of[name] = matmul(target, tokens, then)
-        of["linear, 1 token, groups of 32 with zero-points"] = matmul(target, 1, "", group=32, symmetric=False)
-        of["linear, 1 token, groups of 64"] = matmul(target, 1, "", group=64)
-        of["linear, 1 token, fp16"] = matmul(target, 1, "", kind="fp16")
-        for then in ("", "silu", "add"):
-            of[f"linear{then and '+' + then}, 1 token, bf16 weights"] = matmul(target, 1, then, bits=16)
-            if len(args.tokens) > 1:
-                of[f"linear{then and '+' + then}, 32 tokens, bf16 weights"] = matmul(target, 32, then, bits=16)
-        of |= others(target)
-        for name, figures in {} if args.json else of.items():
+        for name, examined in all_of(target, args.tokens).items():
+            if not re.search(args.kernels, name):
+                continue
+            of[name] = figures = examined()
             share = figures.get("instructions_per_weight", "")
-            print(f"sm_{target:<4} {name:50} {figures['registers']:4} registers {figures['spills']:4} spilled {share}")
+            if not args.json:
+                line = f"{figures['registers']:4} registers {figures['spills']:4} spilled {share}"
+                print(f"sm_{target:<4} {name:50} {line}")
     if args.json:
         print(json.dumps(found))
     if args.record:

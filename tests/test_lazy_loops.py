@@ -73,12 +73,12 @@ def test_graphs_grow_with_the_buckets_of_prompts_not_with_their_lengths():
         """
 model = make(hpu, window=None, layers=1)
 R.reset()
-for n in range(1, 4001, 230):
+for n in range(1, 4001, 333):
     list(generation.decode(model, [[5] * n], 2, generation.Sampling(), ()))
 found()""",
         "meta",
     )
-    assert len(found["runs"]) > 16 * 4 and found["graphs"] == 6, found["report"]
+    assert len(found["runs"]) > 12 * 4 and found["graphs"] == 6, found["report"]
 
 
 @pytest.mark.slow
@@ -123,28 +123,23 @@ def train(where, kind, steps=6, quantise=False, dtype=torch.bfloat16, log_every=
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_training_makes_two_graphs_a_bucket(kind):
+@pytest.mark.parametrize("kind, quantise", [("sft", False), ("dpo", True)])
+def test_training_makes_two_graphs_a_bucket(kind, quantise):
     """Accumulation, warm-up and cosine, clipping: the shapes make the graphs, and a logged step is the only wait; over
     float and INT4 weights."""
     found = looped(
         TRAIN
         + f"""
-told = []
-for quantise in (False, True):
-    there = train(hpu, {kind!r}, quantise=quantise)
-    shapes = {{node for graph in R.graphs.values() for node in graph.nodes if node[0] == "aten.embedding"}}
-    counts, report = [len(R.graphs), sum(R.syncs.values()), len(shapes)], lazy.report()
-    here = train("cpu", {kind!r}, quantise=quantise)
-    told.append(dict(counts=counts, same=there == here, both=[there, here], report=report, logged=len(there)))
-found(told=told)"""
+there = train(hpu, {kind!r}, quantise={quantise})
+shapes = {{node for graph in R.graphs.values() for node in graph.nodes if node[0] == "aten.embedding"}}
+counts, report = [len(R.graphs), sum(R.syncs.values()), len(shapes)], lazy.report()
+here = train("cpu", {kind!r}, quantise={quantise})
+found(counts=counts, both=[there, here], told=report)"""
     )
-    assert len(found["told"]) == 2
-    for told in found["told"]:
-        graphs, waits, shapes = told["counts"]
-        assert waits == told["logged"] == 4
-        assert graphs <= 2 * shapes + 2, told["report"]
-        assert told["same"], told["both"]
+    (graphs, waits, shapes), (there, here) = found["counts"], found["both"]
+    assert waits == len(there) == 4
+    assert graphs <= 2 * shapes + 2, found["told"]
+    assert there == here
 
 
 @pytest.mark.slow

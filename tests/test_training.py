@@ -423,6 +423,7 @@ def uneven_batches(kind):
 def compiled_and_plain(kind, again, backend):
     """Losses and gradients of the same model, plain and compiled, of the batches; and the graphs after each of them."""
     model, found = make(num_hidden_layers=4, **WIDE), []
+    torch.manual_seed(0)
     if kind == "int4":
         int4.quantize(model)
     if kind == "bf16":
@@ -478,14 +479,14 @@ def test_compiled_blocks_learn_the_same_and_are_compiled_once_for_all_lengths(ki
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_blocks_compiled_to_machine_code_learn_the_same(monkeypatch, compiler):
-    """Without dropout, whose numbers differ."""
+    """Without dropout, whose numbers differ; its sums are rounded in another order."""
     attach = lora.attach
     monkeypatch.setattr(lora, "attach", lambda model, r, dropout: attach(model, r))
     plain, compiled, graphs = compiled_and_plain("sft", [""], "inductor")
     assert graphs[1] == graphs[-1]
     for (loss, grads), (expected, expected_grads) in zip(compiled, plain):
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(grads, expected_grads, rtol=0, atol=1e-5)
+        assert (grads - expected_grads).norm() < 3e-5 * expected_grads.norm()
 
 
 @pytest.mark.slow
