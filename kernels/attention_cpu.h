@@ -39,12 +39,7 @@ INLINE typename Lanes<W>::F exponential(typename Lanes<W>::F x) {
 // Lane i: what `of` makes of the lanes of i's head.
 template <int W, class V, class Of>
 INLINE V by_head(V v, Of of) {
-    for (int half = W / 2; half >= HEADS; half /= 2) {
-        typename Lanes<W>::I other;
-        for (int i = 0; i < W; i++) other[i] = (i + half) % W;
-        v = of(v, pick(v, v, other));
-    }
-    return v;
+    return folded<W, HEADS>(v, of);
 }
 
 // Sums of the lanes of N vectors: of all lanes, in the order of the vectors, if there are as many as lanes; of four
@@ -73,16 +68,22 @@ INLINE const float* scales_of(const float* scales, int64_t k, int64_t seen, floa
     return room;
 }
 
-// Lane i: the number of its key, of W / 4.
-template <int W>
-INLINE typename Lanes<W>::F by_key(const float* numbers) {
-    auto all = everywhere<W>(numbers);
-    for (int k = 1; k < W / HEADS; k++) {
+// Lane i: of W / 4 keys, what `of` makes of the number of its own.
+template <int W, class Of>
+INLINE auto by_key(Of of) {
+    auto all = of(0);
+    each<W / HEADS - 1>([&](int before) ALWAYS_INLINE {
+        const int k = before + 1;
         typename Lanes<W>::I lane;
         for (int i = 0; i < W; i++) lane[i] = i < k * HEADS ? i : W + i;
-        all = pick(all, everywhere<W>(numbers + k), lane);
-    }
+        all = pick(all, of(k), lane);
+    });
     return all;
+}
+
+template <int W>
+INLINE typename Lanes<W>::F by_key(const float* numbers) {
+    return by_key<W>([&](int k) ALWAYS_INLINE { return everywhere<W>(numbers + k); });
 }
 
 // What makes integers up to `top` of numbers up to `most`: 0 if there are none to make.
@@ -100,7 +101,7 @@ INLINE typename Of::F products_of(const typename Of::Number* q, int64_t Hd, cons
         each<KEYS>([&](int i) ALWAYS_INLINE { key[i] = Of::load(keys, rows[i] + d); });
         each<HEADS * KEYS>([&](int at) ALWAYS_INLINE {
             const int h = at / KEYS, i = at % KEYS;
-            Of::multiply(sum[i * HEADS + h], key[i], q + h * Hd + d);
+            Of::multiply(sum[i * HEADS + h], key[i], q + Of::at(h, d, Hd));
         });
     }
     return __builtin_convertvector(sums_of<W>(sum), typename Of::F);
@@ -122,10 +123,12 @@ struct Floats {
 
     static constexpr int place(int i) { return KIND == BF16 ? i % 2 * W + i / 2 : i; }  // of PARTS W numbers in `part`
 
+    static constexpr int64_t at(int64_t h, int64_t d, int64_t Hd) { return h * Hd + d; }  // of 2 W numbers of a query
+
     // The query (Hd) of the h-th head to where `products` reads it; returns what those are to be multiplied with.
     static INLINE float query(const float* q, int64_t Hd, int64_t h, Number* out) {
         for (int64_t d = 0; d < Hd; d += 2 * W)
-            for (int i = 0; i < 2 * W; i++) out[h * Hd + d + place(i)] = q[d + i];
+            for (int i = 0; i < 2 * W; i++) out[at(h, d, Hd) + place(i)] = q[d + i];
         return 1;
     }
 
@@ -178,12 +181,15 @@ struct Pairs {
     // `values` takes 4 neighbours of one key and of the next in turn, for the first vector and for the second
     static constexpr int place(int i) { return i / 4 % 2 * W + i / 8 * 4 + i % 4; }
 
+    static constexpr int64_t at(int64_t h, int64_t d, int64_t) { return d * HEADS + h * 2 * W; }
+
     static INLINE float query(const float* q, int64_t Hd, int64_t h, Number* out) {
         const float most = largest<W>(q, Hd), inverse = KIND == BF16 ? 1 : inverse_of(TOP, most);
         for (int64_t d = 0; d < Hd; d += W) {
             const F v = ::load<F>(q + d);
             const U whole = KIND == BF16 ? (U)to_bf16<W>(v) >> 16 : (U)nearest<W>(v * inverse);
-            store(out + h * Hd + d, __builtin_convertvector(whole, H));
+            const int64_t half = d % (2 * W);
+            store(out + at(h, d - half, Hd) + half, __builtin_convertvector(whole, H));
         }
         return KIND == BF16 ? 1 : most / TOP;
     }
@@ -360,13 +366,14 @@ struct Bytes : Pairs<16, INT8> {
 // ---- a token's attention --------------------------------------------------------------------------------------------
 constexpr int64_t size_of(Kind kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
 
-// Asks for `count` numbers of a cache from the at-th on, unless they begin past the end. LOCALITY 3: into the first
-// cache; 2: into the second one, which can wait for more of them.
+// Asks for `count` numbers of a cache from the at-th on, or a few more, unless they begin past the end. LOCALITY 3:
+// into the first cache; 2: into the second one, which can wait for more of them.
 template <Kind KIND, int LOCALITY>
 INLINE void fetch(const void* cache, int64_t at, int64_t count, int64_t end) {
     if (at >= end) return;
     const char* bytes = static_cast<const char*>(cache) + at * size_of(KIND);
-    for (int64_t i = 0; i < count * size_of(KIND); i += 64) __builtin_prefetch(bytes + i, 0, LOCALITY);
+    for (int64_t i = 0; i < count * size_of(KIND); i += 256)
+        each<4>([&](int line) ALWAYS_INLINE { __builtin_prefetch(bytes + i + line * 64, 0, LOCALITY); });
 }
 
 // Whether all of a block's keys are seen (255), or none (0).
@@ -379,8 +386,8 @@ INLINE bool all_are(const uint8_t* sees, uint8_t value) {
 // The scores of W / 4 keys; -inf where one is not seen.
 template <int W>
 INLINE typename Lanes<W>::F only_seen(typename Lanes<W>::F scores, const uint8_t* sees) {
-    typename Lanes<W>::I seen;
-    for (int i = 0; i < W; i++) seen[i] = sees[i / HEADS] ? -1 : 0;
+    using I = typename Lanes<W>::I;
+    const I seen = by_key<W>([&](int k) ALWAYS_INLINE { return I{} - (sees[k] != 0); });
     return seen ? scores : typename Lanes<W>::F{} - __builtin_inff();
 }
 

@@ -129,7 +129,7 @@ INLINE V pick(V a, V b, I index) {
 }
 
 template <class F, int... I>
-INLINE void each(F f, std::integer_sequence<int, I...>) {
+INLINE void each([[maybe_unused]] F f, std::integer_sequence<int, I...>) {
     (f(I), ...);
 }
 
@@ -208,13 +208,21 @@ INLINE typename Lanes<W>::I larger(typename Lanes<W>::I most, typename Lanes<W>:
     return size > most ? size : most;
 }
 
+// Lane i: what `of` makes of lanes i, i + LEFT, i + 2 LEFT, ...: halves with each other first.
+template <int W, int LEFT = 1, int HALF = W / 2, class V, class Of>
+INLINE V folded(V v, Of of) {
+    if constexpr (HALF >= LEFT) {
+        typename Lanes<W>::I other;
+        for (int i = 0; i < W; i++) other[i] = (i + HALF) % W;
+        return folded<W, LEFT, HALF / 2>(of(v, pick(v, v, other)), of);
+    }
+    return v;
+}
+
 template <int W>
 INLINE float largest(typename Lanes<W>::I sizes) {
-    int32_t bits = 0;
-    for (int i = 0; i < W; i++) bits = std::max(bits, sizes[i]);
-    float most;
-    __builtin_memcpy(&most, &bits, sizeof most);
-    return most;
+    using I = typename Lanes<W>::I;
+    return ((typename Lanes<W>::F)folded<W>(sizes, [](I a, I b) ALWAYS_INLINE { return a > b ? a : b; }))[0];
 }
 
 // The largest magnitude of x (count).

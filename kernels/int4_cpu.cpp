@@ -63,13 +63,21 @@ struct Quantize {
 template <int W>
 INLINE void to_bytes(int8_t* out, const typename Lanes<W>::I (&q)[CHUNK / W], int bits) {
     typedef int8_t Bytes __attribute__((vector_size(CHUNK)));
-    int8_t narrow[CHUNK];
-    for (int i = 0; i < CHUNK / W; i++)
-        store(narrow + i * W, __builtin_convertvector(q[i], typename Lanes<W>::B));
-    const Bytes even_odd{0,  2,  4,  6,  1,  3,  5,  7,  8,  10, 12, 14, 9,  11, 13, 15,
-                         16, 18, 20, 22, 17, 19, 21, 23, 24, 26, 28, 30, 25, 27, 29, 31};
-    const Bytes bytes = load<Bytes>(narrow);
-    store(out, bits == 4 ? pick(bytes, bytes, even_odd) : bytes);
+    using U = typename Lanes<W>::U;
+    Bytes bytes, order;
+    if constexpr (W == 8) {  // what is stored in four pieces cannot be loaded as one before all are in the cache
+        bytes = (Bytes)(((U)q[0] & 255) | ((U)q[1] & 255) << 8 | ((U)q[2] & 255) << 16 | (U)q[3] << 24);
+    } else {
+        int8_t narrow[CHUNK];
+        for (int i = 0; i < CHUNK / W; i++)
+            store(narrow + i * W, __builtin_convertvector(q[i], typename Lanes<W>::B));
+        bytes = load<Bytes>(narrow);
+    }
+    for (int i = 0; i < CHUNK; i++) {
+        const int k = bits == 4 ? i / 8 * 8 + i % 4 * 2 + i / 4 % 2 : i;  // of 8, the even ones first
+        order[i] = static_cast<int8_t>(W == 8 ? k % 8 * 4 + k / 8 : k);
+    }
+    store(out, pick(bytes, bytes, order));
 }
 
 template <int W, int PLANES>
@@ -80,27 +88,26 @@ INLINE void prepare_chunk(const Prepare& job, int64_t at, int bits, Chunk<PLANES
     constexpr float TOP = PLANES == 1 ? 127 : 126 * 128;
     F v[V];
     I sizes{};
-    for (int i = 0; i < V; i++) {
+    each<V>([&](int i) ALWAYS_INLINE {
         v[i] = load_floats<W>(job.x, job.x_kind, at + i * W);
         sizes = larger<W>(sizes, v[i]);
-    }
+    });
     const float most = largest<W>(sizes), up = most < 0x1p-60f ? 0x1p60f : 1;  // no reciprocal overflows
     const bool finite = most < __builtin_inff();
     const float inverse = finite && most > 0 ? TOP / (most * up) : 0;
     chunk.scale = finite ? most / TOP : __builtin_nanf("");
     I q[V], low[V], sum{};
-    for (int i = 0; i < V; i++) {
+    each<V>([&](int i) ALWAYS_INLINE {
         q[i] = finite ? nearest<W>(v[i] * up * inverse) : I{};
         sum += q[i];
-        if (PLANES == 1) continue;
+        if (PLANES == 1) return;
         const I high = (q[i] + 64) >> 7;
         low[i] = q[i] - (high << 7);
         q[i] = high;
-    }
+    });
     to_bytes<W>(chunk.q[0], q, bits);
     if constexpr (PLANES == 2) to_bytes<W>(chunk.q[1], low, bits);
-    chunk.sum = 0;
-    for (int i = 0; i < W; i++) chunk.sum += sum[i];
+    chunk.sum = folded<W>(sum, [](I a, I b) ALWAYS_INLINE { return a + b; })[0];
     chunk.start = -job.zero * chunk.sum;
 }
 

@@ -12,7 +12,6 @@
 // Each output is computed whole by one thread in an order that depends on neither which one nor the batch, so that
 // a token has the same logits alone and among others: a draft checked in one batch is what greedy decoding would say.
 #include <atomic>
-#include <cmath>
 #include <utility>
 
 #include "attention_cpu.h"
@@ -96,34 +95,31 @@ struct Range {
 };
 
 // ---- small arithmetic -----------------------------------------------------------------------------------------------
-template <int W>
-INLINE float horizontal(typename Lanes<W>::F v) {
-    float sum[W];
-    store(sum, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-    return sum[0];
-}
-
 // out (last - first) of a row of D: x / rms(x) * weight
 template <int W>
 INLINE void normalise(const float* x, const float* weight, double eps, int64_t D, int64_t first, int64_t last,
                       float* out) {
     using F = typename Lanes<W>::F;
-    F squares{};
-    for (int64_t d = 0; d < D; d += W) {
-        const F v = load<F>(x + d);
-        squares += v * v;
-    }
-    const float scale = 1 / __builtin_sqrtf(horizontal<W>(squares) / static_cast<float>(D) + static_cast<float>(eps));
+    F squares[32 / W] = {};  // several, or each addition waits for the one before
+    for (int64_t d = 0; d < D; d += 32)
+        each<32 / W>([&](int i) ALWAYS_INLINE {
+            const F v = load<F>(x + d + i * W);
+            squares[i] += v * v;
+        });
+    F all{};
+    each<32 / W>([&](int i) ALWAYS_INLINE { all += squares[i]; });
+    const float sum = folded<W>(all, [](F a, F b) ALWAYS_INLINE { return a + b; })[0];
+    const float scale = 1 / __builtin_sqrtf(sum / static_cast<float>(D) + static_cast<float>(eps));
     for (int64_t d = first; d < last; d += W) store(out + d, load<F>(x + d) * scale * load<F>(weight + d));
 }
 
+template <int W>
 INLINE void rotate(float* x, const float* cos, const float* sin, int64_t Hd) {
-    for (int64_t i = 0; i < Hd / 2; i++) {
-        const float a = x[i], b = x[i + Hd / 2];
-        x[i] = a * cos[i] - b * sin[i];
-        x[i + Hd / 2] = b * cos[i + Hd / 2] + a * sin[i + Hd / 2];
+    using F = typename Lanes<W>::F;
+    for (int64_t i = 0, j = Hd / 2; j < Hd; i += W, j += W) {
+        const F a = load<F>(x + i), b = load<F>(x + j);
+        store(x + i, a * load<F>(cos + i) - b * load<F>(sin + i));
+        store(x + j, b * load<F>(cos + j) + a * load<F>(sin + j));
     }
 }
 
@@ -131,16 +127,22 @@ INLINE void rotate(float* x, const float* cos, const float* sin, int64_t Hd) {
 // infinity if there is one among them, and the bytes are 0 then.
 template <int W, Kind KIND>
 INLINE void keep(void* cache, float* scales, int64_t slot, const float* values, int64_t Hd) {
+    using F = typename Lanes<W>::F;
+    using U = typename Lanes<W>::U;
     const float most = KIND == INT8 ? largest<W>(values, Hd) : 0, inverse = inverse_of(127, most);
     if (KIND == INT8) scales[slot] = most / 127;
-    for (int64_t i = 0; i < Hd; i++)
-        if (KIND == FP32)
-            static_cast<float*>(cache)[slot * Hd + i] = values[i];
-        else if (KIND == BF16)
-            static_cast<uint16_t*>(cache)[slot * Hd + i] = to_bf16(values[i]);
-        else
-            static_cast<int8_t*>(cache)[slot * Hd + i] =
-                inverse > 0 ? static_cast<int8_t>(std::nearbyint(values[i] * inverse)) : int8_t(0);
+    for (int64_t i = 0, at = slot * Hd; i < Hd; i += W, at += W) {
+        const F v = load<F>(values + i);
+        if (KIND == FP32) {
+            store(static_cast<float*>(cache) + at, v);
+        } else if (KIND == BF16) {
+            const U nan = (U)v | 0x400000, bits = (U)(v == v ? to_bf16<W>(v) : (F)nan);
+            store(static_cast<uint16_t*>(cache) + at, __builtin_convertvector(bits >> 16, typename Lanes<W>::H));
+        } else {
+            const auto whole = inverse > 0 ? nearest<W>(v * inverse) : typename Lanes<W>::I{};
+            store(static_cast<int8_t*>(cache) + at, __builtin_convertvector(whole, typename Lanes<W>::S));
+        }
+    }
 }
 
 // ---- attention ------------------------------------------------------------------------------------------------------
@@ -163,8 +165,8 @@ INLINE void attend(const Step& s, const Layer& layer, const Scratch& mine, int64
         float* q = mine.qkv + m * row + head * G * s.Hd;
         float* k = mine.qkv + m * row + (s.H + head) * s.Hd;
         const float* v = k + s.KvH * s.Hd;
-        for (int64_t g = 0; g < G; g++) rotate(q + g * s.Hd, cos, sin, s.Hd);
-        rotate(k, cos, sin, s.Hd);
+        for (int64_t g = 0; g < G; g++) rotate<W>(q + g * s.Hd, cos, sin, s.Hd);
+        rotate<W>(k, cos, sin, s.Hd);
         keep<W, KIND>(layer.keys, layer.key_scales, slot, k, s.Hd);
         keep<W, KIND>(layer.values, layer.value_scales, slot, v, s.Hd);
         for (int64_t g = 0; g < G; g += HEADS) {
@@ -183,9 +185,11 @@ INLINE void attend(const Step& s, const Layer& layer, const Scratch& mine, int64
             else
                 sums = mix<Of, 1>(scores, most, layer.values, first, s.seen, s.Hd, value_scales, mixed);
             float* out = mine.attended + (m * s.H + head * G + g) * s.Hd;
-            for (int64_t h = 0; h < heads; h++)
-                for (int64_t i = 0; i < s.Hd; i++)
-                    out[h * s.Hd + i] = mixed[h * s.Hd + i / COLUMNS * COLUMNS + Of::place(i % COLUMNS)] / sums[h];
+            for (int64_t h = 0; h < heads; h++) {
+                const float scale = 1 / sums[h];
+                for (int64_t i = h * s.Hd; i < (h + 1) * s.Hd; i += COLUMNS)
+                    each<COLUMNS>([&](int c) ALWAYS_INLINE { out[i + c] = mixed[i + Of::place(c)] * scale; });
+            }
         }
     }
 }
