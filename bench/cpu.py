@@ -1,6 +1,7 @@
 """A 7B in INT4 on the CPU: ours beside llama.cpp, in one run, in turn.
 
     python bench/cpu.py --record --scratch DIR      # about 45 minutes and 15 GB of disk on 2 cores
+    python bench/cpu.py --record --scratch DIR --rest       # 8 minutes: what of a token's time is no INT4 matmul
 
 llama.cpp is built from the source archive that the package index carries with llama-cpp-python. Both models have
 Mistral-7B's shape and random weights; theirs is Q4_0 with a Q6_K head (4.5 bits a weight), ours groups of 32 (4.5 bits)
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 sys.path.insert(0, str(ROOT))
 
 LLAMA = "0.3.36"  # the release of llama-cpp-python whose llama.cpp is built
@@ -260,7 +262,12 @@ def work(folder: Path, what: str, threads: int, scratch: Path) -> dict:
         return speculation(model)
     if what == "rest":
         shares, bf16 = {}, torch.bfloat16
-        for name, depth, kv in ((512, 512, bf16), (4096, 4096, bf16), ("4096_int8", 4096, torch.int8)):
+        small = int4.Int4Linear.from_weight(model.lm_head.dequantize(), int4.Scheme())
+        for name, depth, kv, head in (
+            (512, 512, bf16, None), (4096, 4096, bf16, None), ("4096_int8", 4096, torch.int8, None),
+            ("512_int4_head", 512, bf16, small), ("4096_int8_int4_head", 4096, torch.int8, small),
+        ):  # fmt: skip
+            model.lm_head = head or model.lm_head
             int4.set_exact(model, kv != torch.int8)  # of bytes, activations and cache
             shares[f"rest_at_{name}"], shares[f"head_at_{name}"] = rest(model, depth, kv)
         return shares
@@ -285,8 +292,8 @@ def work(folder: Path, what: str, threads: int, scratch: Path) -> dict:
     return found
 
 
-def rest(model, depth: int, kv) -> tuple[dict, dict]:
-    """Shares of a token's time: of the same loop with linears of no rows and no head, and of the head (INT8). The first
+def rest(model, depth: int, kv) -> list[float]:
+    """Shares of a token's time: of the same loop with linears of no rows and no head, and of the head. The first
     lacks SwiGLU, which has no rows then: 14,336 numbers a layer."""
     import torch
 
@@ -318,8 +325,8 @@ def rest(model, depth: int, kv) -> tuple[dict, dict]:
             yield time.perf_counter() - start, head
 
     empty, whole = loop(True), loop(False)
-    times = [(next(empty)[0], *next(whole)) for _ in range(16)][2:]
-    return spread([rest / whole for rest, whole, _ in times]), spread([head / whole for _, whole, head in times])
+    times = [(next(empty)[0], *next(whole)) for _ in range(34)][2:]
+    return [statistics.median(part) for part in zip(*((rest / whole, head / whole) for rest, whole, head in times))]
 
 
 def speculation(model) -> dict:
@@ -449,7 +456,10 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ik", type=Path, help="a built ik_llama.cpp: the folder that holds llama-bench")
-    parser.add_argument("--record", action="store_true", help="write bench/results/cpu.json and cpu.png")
+    parser.add_argument("--rest", action="store_true", help="no peers: what of a token's time is no INT4 matmul")
+    parser.add_argument(
+        "--record", action="store_true", help="write bench/results/cpu.json and cpu.png, of --rest cpu-rest.json"
+    )
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
@@ -461,16 +471,18 @@ def main() -> None:
         return
     scratch, cache = args.scratch, args.scratch / "cache"
     scratch.mkdir(parents=True, exist_ok=True)
-    binary, gguf = build_llama(scratch), scratch / "7b-q4_0.gguf"
     build_reader(scratch)
-    if not gguf.exists():
-        make_gguf(scratch / "writing.gguf")
-        (scratch / "writing.gguf").rename(gguf)
-    for group in (32, 128):
+    for group in (32,) if args.rest else (32, 128):
         folder = scratch / f"int4-g{group}"
         if not (folder / "config.json").exists():
             make_ours(folder, group)
         measure(folder, "decode", 2, cache)  # the first start writes the cache
+    if args.rest:
+        return rest_of_a_token(scratch / "int4-g32", cache, args)
+    binary, gguf = build_llama(scratch), scratch / "7b-q4_0.gguf"
+    if not gguf.exists():
+        make_gguf(scratch / "writing.gguf")
+        (scratch / "writing.gguf").rename(gguf)
     ik = args.ik and args.ik / "llama-bench"
 
     parts = {
@@ -504,8 +516,6 @@ def main() -> None:
     print(f"llama.cpp at a depth of {DEPTH}: {deep}")
     bf16 = measure(scratch, "transformers", 2, cache)
     print(f"transformers in bf16: {bf16}")
-    shares = measure(scratch / "int4-g32", "rest", 2, cache)
-    print(f"of a token's time, what is no INT4 matmul: {shares}")
     memory = measure(scratch / "int4-g32", "memory", 2, cache)
     print(f"{DEPTH} tokens: {memory}")
     speculate = {
@@ -539,7 +549,6 @@ def main() -> None:
         "depth2048": spread(figures("g32", "depth_ratio")),
         "peak_gb": memory["peak_gb"],
         **speculate,
-        **shares,
     }
     if args.ik:
         ratios |= {
@@ -553,14 +562,29 @@ def main() -> None:
     for name, value in ratios.items():
         print(f"{name}: {value}")
     if args.record:
-        record(rounds, {f"llama_at_{DEPTH}": deep, "memory": memory, "transformers_bf16": bf16}, ratios)
+        versions = {"llama-cpp-python": LLAMA, **({"ik_llama.cpp": rounds[0]["ik"]["build"]} if args.ik else {})}
+        once = {f"llama_at_{DEPTH}": deep, "memory": memory, "transformers_bf16": bf16}
+        model = "llama.cpp Q4_0 with a Q6_K head, ours INT4 with an INT8 head"
+        record("cpu", " --ik FOLDER" * bool(args.ik), model, versions, {"rounds": rounds, **once, "ratios": ratios})
+        chart(rounds, RESULTS / "cpu.png")
 
 
 def spread(values: list[float]) -> dict:
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
-def record(rounds: list[dict], once: dict, ratios: dict) -> None:
+def rest_of_a_token(folder: Path, cache: Path, args: argparse.Namespace) -> None:
+    rounds = []
+    for i in range(1, args.rounds + 1):
+        rounds.append(measure(folder, "rest", 2, cache))
+        print(f"round {i}: {', '.join(f'{name} {value:.4f}' for name, value in rounds[-1].items())}", flush=True)
+    ratios = {name: spread([found[name] for found in rounds]) for name in rounds[0]}
+    if args.record:
+        record("cpu-rest", " --rest", "INT4 with a head in INT8 or INT4", {}, {"rounds": rounds, "ratios": ratios})
+
+
+def record(name: str, flags: str, model: str, versions: dict, content: dict) -> None:
+    """bench/results/NAME.json: the machine, what made it, and the content."""
     import torch
     from demo import cpu
 
@@ -568,23 +592,14 @@ def record(rounds: list[dict], once: dict, ratios: dict) -> None:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     content = {
-        "command": "python bench/cpu.py --record --scratch DIR" + (" --ik FOLDER" if "ik" in rounds[0] else ""),
+        "command": f"python bench/cpu.py --record --scratch DIR{flags}",
         "commit": commit.strip(),
         "machine": f"{cpu()}, {os.cpu_count()} cores, {ISAS[isa()]}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "llama-cpp-python": LLAMA,
-            **({"ik_llama.cpp": rounds[0]["ik"]["build"]} if "ik" in rounds[0] else {}),
-        },
-        "model": "Mistral-7B's shape, random weights; llama.cpp Q4_0 with a Q6_K head, ours INT4 with an INT8 head",
-        "rounds": rounds,
-        **once,
-        "ratios": ratios,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
+        "model": f"Mistral-7B's shape, random weights; {model}",
+        **content,
     }
-    results = ROOT / "bench" / "results"
-    (results / "cpu.json").write_text(json.dumps(content, indent=2) + "\n")
-    chart(rounds, results / "cpu.png")
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def chart(rounds: list[dict], file: Path) -> None:

@@ -147,6 +147,8 @@ def quantise_flags(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--group-size", type=int, metavar="N", help="--int4: weights of one scale, 32, 64 or 128 "
                        "(without it: 32, of nf4 64)")  # fmt: skip
     group.add_argument("--asymmetric", action="store_true", help="--int4: a zero-point beside each group's scale")
+    group.add_argument("--lm-head", action="store_true", help="--int4: the head too, which stays as it is without it "
+                       "(8 bits where infer.py runs on the CPU)")  # fmt: skip
 
 
 def scheme(args: argparse.Namespace):
@@ -156,14 +158,15 @@ def scheme(args: argparse.Namespace):
     from minichat import int4
 
     default = int4.Scheme.group_size
-    usual = args.bits == 4 and args.group_size in (None, default) and not args.asymmetric
+    usual = args.bits == 4 and args.group_size in (None, default) and not args.asymmetric and not args.lm_head
     if not args.int4 and not usual:
-        raise BadInput("--bits, --group-size and --asymmetric say how to quantise; add --int4")
+        raise BadInput("--bits, --group-size, --asymmetric and --lm-head say how to quantise; add --int4")
     nf4 = args.int4 == "nf4"
     if nf4 and "lora_r" not in args:
         raise BadInput("--int4 nf4 is a base to train over, for train.py and dpo.py; here, leave nf4 out")
     group_size = args.group_size if args.group_size is not None else int4.NF4.group_size if nf4 else default
-    wanted = int4.Scheme(args.bits, group_size, not args.asymmetric, nf4=nf4)
+    skip = () if args.lm_head else int4.Scheme.skip
+    wanted = int4.Scheme(args.bits, group_size, not args.asymmetric, skip, nf4)
     return bool(args.int4) and (wanted == int4.Scheme() or wanted)  # True: what is INT4 on disk stays as it is
 
 

@@ -55,6 +55,10 @@ class Scheme:
         kind = "" if self.nf4 else ", symmetric" if self.symmetric else ", asymmetric"
         return f"{name} in groups of {self.group_size}{kind}, without {', '.join(self.skip) or 'exception'}"
 
+    def skips(self, name: str) -> bool:
+        patterns = ((skip, skip.removeprefix("re:")) for skip in self.skip)
+        return any(bool(compiled(rest).match(name)) if rest != skip else skip == name for skip, rest in patterns)
+
     @property
     def scale_dtype(self) -> torch.dtype:
         """Of the scales: QLoRA's are fp32. INT4's codes are chosen for a rounded one, so that a wider gains nothing."""
@@ -282,9 +286,7 @@ def quantize(
 
 def wanted(name: str, module: nn.Module, scheme: Scheme) -> bool:
     """Whether the scheme quantises the module called `name`: an nn.Linear that it does not skip."""
-    return isinstance(module, nn.Linear) and not any(
-        bool(compiled(skip[3:]).match(name)) if skip.startswith("re:") else skip == name for skip in scheme.skip
-    )
+    return isinstance(module, nn.Linear) and not scheme.skips(name)
 
 
 def check(linears: Mapping[str, nn.Module], scheme: Scheme) -> None:

@@ -223,6 +223,7 @@ def test_an_output_that_cannot_encode_loses_no_answer(infer, encoding):
         (["--bits", 8], ["--bits", "--int4"]),
         (["--group-size", 64], ["--group-size", "--int4"]),
         (["--asymmetric", "--bits", 8], ["--asymmetric", "--int4"]),
+        (["--lm-head"], ["--lm-head", "--int4"]),
         (["--top-p", 0.9], ["--top-p", "--temperature"]),
         (["--top-k", 5, "--temperature", 0], ["--top-k", "--temperature"]),
         (["--min-p", 0.1], ["--min-p", "--temperature"]),
@@ -247,6 +248,7 @@ def test_flags_that_say_their_default_or_have_what_they_need(infer):
     for flags in (
         ["--bits", 4, "--group-size", 32, "--top-p", 1.0, "--top-k", 0, "--seed", 7],
         ["--int4", "--bits", 8, "--asymmetric"],
+        ["--int4", "--lm-head"],
         ["--temperature", 0.7, "--top-p", 0.9, "--top-k", 5, "--min-p", 0.1],
         ["--max-length", 400],
     ):

@@ -193,6 +193,13 @@ def test_tied_model_ignores_a_head_in_the_file(tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_tied_head_is_not_quantised_and_that_is_told(tmp_path):
+    minichat.save(small(tie_word_embeddings=True), Tokenizer(BASE), tmp_path)
+    with pytest.raises(BadInput, match="its head is its embedding.* leave out --lm-head"):
+        minichat.load(tmp_path, int4=Scheme(skip=()))
+    assert isinstance(minichat.load(tmp_path, int4=True)[0].lm_head, torch.nn.Linear)
+
+
 def test_rotary_buffers_of_old_llama_files_are_ignored(base, tmp_path):
     folder = copied(base, tmp_path / "old")
     edit(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
@@ -288,6 +295,7 @@ SCHEMES = {
     "group 64": Scheme(4, 64, skip=("lm_head", "re:.*down_proj")),  # 96 is no multiple of 64
     "int4 asymmetric": Scheme(4, 32, symmetric=False),
     "int8 asymmetric": Scheme(8, 32, symmetric=False),
+    "with the head": Scheme(4, 32, skip=()),
 }
 
 
