@@ -261,14 +261,15 @@ def work(folder: Path, what: str, threads: int, scratch: Path) -> dict:
     if what.endswith("speculate"):
         return speculation(model)
     if what == "rest":
-        shares, bf16 = {}, torch.bfloat16
-        small = int4.Int4Linear.from_weight(model.lm_head.dequantize(), int4.Scheme())
-        for name, depth, kv, head in (
-            (512, 512, bf16, None), (4096, 4096, bf16, None), ("4096_int8", 4096, torch.int8, None),
-            ("512_int4_head", 512, bf16, small), ("4096_int8_int4_head", 4096, torch.int8, small),
+        shares, small = {}, int4.Int4Linear.from_weight(model.lm_head.dequantize(), int4.Scheme())
+        for name, depth, int8, head in (  # as it is; with cache and activations in bytes; and with a head in INT4
+            (512, 512, False, None), (4096, 4096, False, None), ("512_int8", 512, True, None),
+            ("4096_int8", 4096, True, None), ("512_int8_int4_head", 512, True, small),
+            ("4096_int8_int4_head", 4096, True, small),
         ):  # fmt: skip
             model.lm_head = head or model.lm_head
-            int4.set_exact(model, kv != torch.int8)  # of bytes, activations and cache
+            int4.set_exact(model, not int8)
+            kv = torch.int8 if int8 else torch.bfloat16
             shares[f"rest_at_{name}"], shares[f"head_at_{name}"] = rest(model, depth, kv)
         return shares
 
