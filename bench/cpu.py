@@ -267,7 +267,7 @@ def work(folder: Path, what: str, threads: int, scratch: Path) -> dict:
             ("4096_int8", 4096, True, None), ("512_int8_int4_head", 512, True, small),
             ("4096_int8_int4_head", 4096, True, small),
         ):  # fmt: skip
-            model.lm_head = head or model.lm_head
+            model.lm_head = model.lm_head if head is None else head
             int4.set_exact(model, not int8)
             kv = torch.int8 if int8 else torch.bfloat16
             shares[f"rest_at_{name}"], shares[f"head_at_{name}"] = rest(model, depth, kv)
@@ -470,6 +470,8 @@ def main() -> None:
         peer = peers.get(args.work)
         print(json.dumps(peer(args.threads) if peer else work(args.model, args.work, args.threads, args.scratch)))
         return
+    if args.rest and args.ik:
+        parser.error("--rest has no peers: leave --ik out")
     scratch, cache = args.scratch, args.scratch / "cache"
     scratch.mkdir(parents=True, exist_ok=True)
     build_reader(scratch)
@@ -581,7 +583,8 @@ def rest_of_a_token(folder: Path, cache: Path, args: argparse.Namespace) -> None
         print(f"round {i}: {', '.join(f'{name} {value:.4f}' for name, value in rounds[-1].items())}", flush=True)
     ratios = {name: spread([found[name] for found in rounds]) for name in rounds[0]}
     if args.record:
-        record("cpu-rest", " --rest", "INT4 with a head in INT8 or INT4", {}, {"rounds": rounds, "ratios": ratios})
+        flags = f" --rest --rounds {args.rounds}"
+        record("cpu-rest", flags, "INT4 with a head in INT8 or INT4", {}, {"rounds": rounds, "ratios": ratios})
 
 
 def record(name: str, flags: str, model: str, versions: dict, content: dict) -> None:

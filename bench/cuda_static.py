@@ -155,6 +155,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
     parser.add_argument("--record", action="store_true", help="write bench/results/cuda-static.json")
     args = parser.parse_args()
+    if args.record and (args.json or args.kernels or list(args.targets) != list(TARGETS)):
+        parser.error("--record is of all kernels and targets: leave --json, --kernels and --targets out")
     found: dict[str, dict] = {}
     for target in args.targets:
         of = found[f"sm_{target}"] = {}
@@ -166,6 +168,8 @@ def main() -> None:
             if not args.json:
                 line = f"{figures['registers']:4} registers {figures['spills']:4} spilled {share}"
                 print(f"sm_{target:<4} {name:50} {line}")
+    if not all(found.values()):
+        parser.error(f"--kernels {args.kernels}: no kernel has such a name")
     if args.json:
         print(json.dumps(found))
     if args.record:

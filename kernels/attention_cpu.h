@@ -181,6 +181,7 @@ struct Pairs {
     // `values` takes 4 neighbours of one key and of the next in turn, for the first vector and for the second
     static constexpr int place(int i) { return i / 4 % 2 * W + i / 8 * 4 + i % 4; }
 
+    // queries [Hd / 2 W] [4 heads] [2 W]: one pointer goes through them
     static constexpr int64_t at(int64_t h, int64_t d, int64_t) { return d * HEADS + h * 2 * W; }
 
     static INLINE float query(const float* q, int64_t Hd, int64_t h, Number* out) {

@@ -1,7 +1,8 @@
 """INT4 (and INT8) weight-only quantisation: Int4Linear, quantise a model, and the format on disk. NF4 for training.
 
-On disk a weight is in compressed-tensors' `pack-quantized` format, which transformers and vLLM open as it is; in
-memory it is in the layout of its device's kernel (kernels/int4_reference.py has the arithmetic and the rounding rule).
+On disk a weight is in compressed-tensors' `pack-quantized` format, which transformers opens as it is, and vLLM if the
+head is not quantised; in memory it is in the layout of its device's kernel. kernels/int4_reference.py has the
+arithmetic and the rounding rule.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -267,6 +268,7 @@ def quantize(
     if any(isinstance(module, Int4Linear) for module in model.modules()):
         raise BadInput("the model is quantised already, with one scheme for all; quantise the float model")
     linears = {name: module for name, module in model.named_modules() if wanted(name, module, scheme)}
+    check_head(scheme, getattr(getattr(model, "config", None), "tie_word_embeddings", False), "the model")
     if not linears:
         raise BadInput(f"the model has no nn.Linear to quantise, apart from {', '.join(scheme.skip) or 'nothing'}")
     for name, module in linears.items():
@@ -297,6 +299,12 @@ def check(linears: Mapping[str, nn.Module], scheme: Scheme) -> None:
                 f"{name}: in_features {module.in_features} is not a multiple of group size {scheme.group_size}; "
                 "choose --group-size from 32, 64, 128"
             )
+
+
+def check_head(scheme: Scheme, tied: bool, where: object) -> None:
+    """Raise BadInput if the scheme quantises a head that is the embedding's table (`tied`)."""
+    if tied and not scheme.skips("lm_head"):
+        raise BadInput(f"{where}: its head is its embedding, which stays as it is; leave out --lm-head (skip it)")
 
 
 def set_exact(model: nn.Module, exact: bool) -> nn.Module:

@@ -1,8 +1,8 @@
 """A model for decoding INT4 on the CPU: as the kernel reads it, in one file of the cache that is mapped into memory.
 
 The first start quantises, which takes a minute or two for a 7B, and writes the file; the next one opens it, and the
-pages come as they are read. The head is in INT8 here, groups of 128: in fp32 it would be an eighth of all that a
-token reads.
+pages come as they are read. A head that the scheme skips is in INT8 here, groups of 128: in fp32 it would be an eighth
+of all that a token reads.
 """
 
 import hashlib

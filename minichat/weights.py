@@ -223,9 +223,8 @@ def wanted_scheme(folder: Path, int4: bool | quant.Scheme) -> quant.Scheme | Non
     packed = read_scheme(folder)
     if packed and int4 not in (False, True) and int4 != packed:
         raise BadInput(f"{folder} is quantised already, as {packed}; it cannot be loaded as {int4}")
-    with_head = not packed and isinstance(int4, quant.Scheme) and not int4.skips("lm_head")
-    if with_head and read_config(folder).tie_word_embeddings:
-        raise BadInput(f"{folder}: its head is its embedding, which stays as it is; leave out --lm-head")
+    if not packed and isinstance(int4, quant.Scheme):
+        quant.check_head(int4, read_config(folder).tie_word_embeddings, folder)
     return packed or (quant.Scheme() if int4 is True else int4 or None)
 
 

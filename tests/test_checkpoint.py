@@ -310,6 +310,7 @@ def test_other_signals_and_ignored_ones_are_left_alone(tmp_path):
 def test_what_differs_between_two_runs_is_named():
     was = {"--lr": 1e-4, "--seed": 42, "data": "5 records ab"}
     assert checkpoint.differences(was, dict(was)) == []
+    assert checkpoint.differences({**was, "--newer": False}, was) == []
     now = {"--lr": 1e-3, "--seed": 42, "--new": True, "data": "6 records cd"}
     assert checkpoint.differences(now, was) == [
         "--lr is 0.001, was 0.0001",

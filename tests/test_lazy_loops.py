@@ -125,8 +125,8 @@ def train(where, kind, steps=6, quantise=False, dtype=torch.bfloat16, log_every=
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, quantise", [("sft", False), ("dpo", True)])
 def test_training_makes_two_graphs_a_bucket(kind, quantise):
-    """Accumulation, warm-up and cosine, clipping: the shapes make the graphs, and a logged step is the only wait; over
-    float and INT4 weights."""
+    """Accumulation, warm-up and cosine, clipping: the shapes make the graphs, and a logged step is the only wait; one
+    of them over float weights, the other over INT4."""
     found = looped(
         TRAIN
         + f"""

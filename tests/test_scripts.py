@@ -240,7 +240,8 @@ SETTINGS = dict(
     betas=(0.8, 0.95), eps=1e-7, weight_decay=0.01, optimizer="adamw8bit", seed=7, log_every=4, eval_every=2,
 )  # fmt: skip
 ADAPTER = ("--lora-r", 4, "--lora-alpha", 9, "--lora-dropout", 0.25, "--lora-targets", "q_proj, v_proj", "--rslora")
-QUANTISED = ("--int4", "--bits", 8, "--group-size", 64, "--asymmetric", "--dtype", "bfloat16", "--device", "cpu")
+QUANTISED = ("--int4", "--bits", 8, "--group-size", 64, "--asymmetric", "--lm-head", "--dtype", "bfloat16",
+             "--device", "cpu")  # fmt: skip
 METHODS = {
     "train.py": (
         ("--learn", "all", "--format", "chat", "--pack"),
@@ -309,7 +310,7 @@ def test_flags_reach_the_loop(run, files, tmp_path, monkeypatch, script):
     assert len(seen["fit"]["eval_items"]) == len(seen["fit"]["items"]) == 24
     wanted = dict(r=4, alpha=9, dropout=0.25, targets=["q_proj", "v_proj"], rslora=True, seed=7)
     assert attached["model"] is model and {key: attached[key] for key in wanted} == wanted
-    loaded = dict(source="model", device="cpu", dtype=torch.bfloat16, int4=Scheme(8, 64, symmetric=False), adapter=None,
+    loaded = dict(source="model", device="cpu", dtype=torch.bfloat16, int4=Scheme(8, 64, False, ()), adapter=None,
                   only=None)  # fmt: skip
     assert seen["load_model"] == loaded and model.scheme == loaded["int4"] and model.dtype == torch.bfloat16
     (kind, encoded), (name, arguments) = expected.items()

@@ -198,6 +198,8 @@ def test_a_tied_head_is_not_quantised_and_that_is_told(tmp_path):
     with pytest.raises(BadInput, match="its head is its embedding.* leave out --lm-head"):
         minichat.load(tmp_path, int4=Scheme(skip=()))
     assert isinstance(minichat.load(tmp_path, int4=True)[0].lm_head, torch.nn.Linear)
+    with pytest.raises(BadInput, match="its head is its embedding"):
+        int4.quantize(small(tie_word_embeddings=True), skip=())
 
 
 def test_rotary_buffers_of_old_llama_files_are_ignored(base, tmp_path):
