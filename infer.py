@@ -20,7 +20,7 @@ def parse():
     cli.model_flags(parser, "without it: runs/dpo, else runs/sft, else the embedded base")
     cli.chat_flags(parser)
     group = parser.add_argument_group("prompts (without one, and on a terminal: a conversation)")
-    group.add_argument("--prompt", action="append", metavar="TEXT", help="what to ask; several make a batch")
+    group.add_argument("--prompt", action="append", metavar="TEXT", help="what to ask; given several times, a batch")
     group.add_argument("--file", metavar="FILE", help="one prompt a line, - is standard input")
     group.add_argument("--system", metavar="TEXT", help="the system message")
     group = parser.add_argument_group("answers")

@@ -17,7 +17,7 @@ from minichat.model import Mistral
 from minichat.runs import describe, say
 from minichat.tokenizer import Tokenizer
 
-COMMANDS = "/new forgets it, /exit leaves, /help tells"
+COMMANDS = "/new begins another conversation, /exit leaves, /help tells this"
 
 
 class Talk:
@@ -124,7 +124,7 @@ class Talk:
                 print(file=sys.stderr)
                 return
             except KeyboardInterrupt:  # it came too late to end an answer, or is meant for the line
-                print(f"\n(Ctrl-D or /exit ends the conversation; {COMMANDS})", file=sys.stderr)
+                print(f"\n(Ctrl-D ends the conversation; {COMMANDS})", file=sys.stderr)
                 continue
             except UnicodeError as error:
                 print(f"error: not UTF-8 text: {error}", file=sys.stderr)

@@ -73,7 +73,7 @@ class Report:
     def __str__(self) -> str:
         counts = self.counts + Counter({"bad": self.refused})
         rest = "".join(f", {count:,} {what}" for what, count in counts.items())
-        return f"{self.kept:,} records, {self.tokens:,} tokens{rest}"
+        return f"{self.kept:,} record{'s' * (self.kept != 1)}, {self.tokens:,} tokens{rest}"
 
 
 def encode(

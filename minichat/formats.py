@@ -25,7 +25,7 @@ ROLES = {
 
 def _messages(record: dict) -> Messages:
     if not isinstance(record["messages"], list):
-        raise BadInput(f"'messages' is a {type(record['messages']).__name__}; it must be a list of messages")
+        raise BadInput(f"'messages' is of type {type(record['messages']).__name__}; it must be a list of messages")
     return record["messages"]
 
 
@@ -33,7 +33,7 @@ def _sharegpt(record: dict) -> Messages:
     """SlimOrca, ShareGPT: conversations of {"from": "human", "value": …}."""
     turns = record["conversations"]
     if not isinstance(turns, list):
-        raise BadInput(f"'conversations' is a {type(turns).__name__}; it must be a list of turns")
+        raise BadInput(f"'conversations' is of type {type(turns).__name__}; it must be a list of turns")
     messages = []
     for i, turn in enumerate(turns):
         speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
@@ -76,13 +76,13 @@ def _listed(record: dict, field: str, role: str) -> Messages:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
-        raise BadInput(f"{field!r} is a {type(value).__name__}; it must be a string or a list of messages")
+        raise BadInput(f"{field!r} is of type {type(value).__name__}; it must be a string or a list of messages")
     return value
 
 
 def _text(record: dict) -> str:
     if not isinstance(record["text"], str):
-        raise BadInput(f"'text' is a {type(record['text']).__name__}, not a string")
+        raise BadInput(f"'text' is of type {type(record['text']).__name__}, not a string")
     return record["text"]
 
 
@@ -137,7 +137,7 @@ def _chatml(record: dict) -> tuple[Messages, Messages, Messages]:
     for side in ("chosen", "rejected"):
         if not isinstance(record[side], str):
             raise BadInput(
-                f"{side!r} is a {type(record[side]).__name__}; beside a prompt in ChatML it must be a string"
+                f"{side!r} is of type {type(record[side]).__name__}; beside a prompt in ChatML it must be a string"
             )
         text = record[side].rstrip("\n")
         answers[side] = text.removesuffix(end) if text.endswith(end) else record[side]

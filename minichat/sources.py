@@ -5,6 +5,7 @@ import fnmatch
 import gzip
 import json
 import re
+import textwrap
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -123,23 +124,29 @@ def _download(name: str, repo: str, revision: str | None, inside: str) -> tuple[
     kind = {"repo_type": "dataset", "revision": revision}
     try:
         files = _hub_files(repo, kind)
-        if files is not None:
+        if isinstance(files, list):
             files = _chosen(files, inside, name)
             folder = Path(snapshot_download(repo, **kind, allow_patterns=[_literal(file) for file in files]))
         else:
             # no pattern that any file fits: what is here of the data set is enough, whole or not
-            folder = Path(snapshot_download(repo, **kind, local_files_only=True, allow_patterns=["/"]))
+            try:
+                folder = Path(snapshot_download(repo, **kind, local_files_only=True, allow_patterns=["/"]))
+            except LocalEntryNotFoundError:
+                why = textwrap.shorten(str(files), 200, placeholder=" …")
+                raise BadInput(
+                    f"--data {name}: no such file or folder here, nor a copy from the hub, which is out of reach: {why}"
+                ) from None
             files = _chosen(_listing(folder), inside, name)
     except BadInput:
         raise
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        why = " ".join(str(error).split())[:200]
+        why = textwrap.shorten(str(error), 200, placeholder=" …")
         raise BadInput(f"--data {name}: no such file or folder here, and the hub gave none: {why}") from None
     return tuple(folder / file for file in files)
 
 
-def _hub_files(repo: str, kind: dict) -> list[str] | None:
-    """The names of a data set's files; None if no hub is within reach. Raises HfHubHTTPError if it says no."""
+def _hub_files(repo: str, kind: dict) -> list[str] | Exception:
+    """The names of a data set's files; what went wrong if no hub is in reach. Raises HfHubHTTPError if it says no."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -150,9 +157,9 @@ def _hub_files(repo: str, kind: dict) -> list[str] | None:
     except HfHubHTTPError as error:
         if error.response is not None:
             raise
-    except Exception:  # of whichever HTTP library this version of the hub's package uses
-        pass
-    return None
+        return error
+    except Exception as error:  # of whichever HTTP library this version of the hub's package uses
+        return error
 
 
 def _literal(file: str) -> str:
@@ -271,5 +278,5 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict, int]]:
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's own, not pyarrow's word for bad bytes
             raise
-        why = " ".join(str(error).split())[:200]
+        why = textwrap.shorten(str(error), 200, placeholder=" …")
         raise BadInput(f"{path} is not Parquet, or corrupt ({why}); fetch it again") from None

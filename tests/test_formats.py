@@ -107,7 +107,7 @@ WRONG = {
     "nothing known": (CHATS, {"a": 1}, "fields ['a'] fit no format"),
     "a pair to learn from": (CHATS, {"prompt": "a", "chosen": "b", "rejected": "c"}, "dpo.py"),
     "a chat to prefer by": (PAIRS, {"messages": ASKED}, "fit no format; wanted: prompt + chosen + rejected | question"),
-    "conversations a string": (CHATS, {"conversations": "a"}, "is a str"),
+    "conversations a string": (CHATS, {"conversations": "a"}, "is of type str"),
     "a turn a string": (CHATS, {"conversations": ["a"]}, "turn 0 is 'a'"),
     "a tool's turn": (CHATS, {"conversations": [{"from": "tool", "value": "a"}]}, "must be one of"),
     "from a list": (CHATS, {"conversations": [{"from": ["human"], "value": "a"}]}, "must be one of"),
