@@ -178,6 +178,6 @@ def _is_state(known: dict) -> bool:
 def differences(run: dict, other: dict) -> list[str]:
     """In words, what of `run` is not as in `other`. A flag that is not given (False, None) is one that an older version
     did not have."""
-    run, other = ({name: None if value is False else value for name, value in of.items()} for of in (run, other))
+    given = lambda of, name: None if of.get(name) is False else of.get(name)  # noqa: E731
     names = [*run, *(name for name in other if name not in run)]
-    return [f"{n} is {run.get(n)}, was {other.get(n)}" for n in names if run.get(n) != other.get(n)]
+    return [f"{n} is {run.get(n)}, was {other.get(n)}" for n in names if given(run, n) != given(other, n)]

@@ -1,8 +1,7 @@
 """INT4 (and INT8) weight-only quantisation: Int4Linear, quantise a model, and the format on disk. NF4 for training.
 
-On disk a weight is in compressed-tensors' `pack-quantized` format, which transformers opens as it is, and vLLM if the
-head is not quantised; in memory it is in the layout of its device's kernel. kernels/int4_reference.py has the
-arithmetic and the rounding rule.
+On disk a weight is in compressed-tensors' `pack-quantized` format, vLLM's too, which transformers opens as it is; in
+memory it is in the layout of its device's kernel (kernels/int4_reference.py has the arithmetic and the rounding rule).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,8 +56,9 @@ class Scheme:
         return f"{name} in groups of {self.group_size}{kind}, without {', '.join(self.skip) or 'exception'}"
 
     def skips(self, name: str) -> bool:
-        patterns = ((skip, skip.removeprefix("re:")) for skip in self.skip)
-        return any(bool(compiled(rest).match(name)) if rest != skip else skip == name for skip, rest in patterns)
+        return any(
+            bool(compiled(skip[3:]).match(name)) if skip.startswith("re:") else skip == name for skip in self.skip
+        )
 
     @property
     def scale_dtype(self) -> torch.dtype:

@@ -121,26 +121,21 @@ def _download(name: str, repo: str, revision: str | None, inside: str) -> tuple[
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    kind = {"repo_type": "dataset", "revision": revision}
+    kind, unreached = {"repo_type": "dataset", "revision": revision}, None
     try:
         files = _hub_files(repo, kind)
         if isinstance(files, list):
             files = _chosen(files, inside, name)
             folder = Path(snapshot_download(repo, **kind, allow_patterns=[_literal(file) for file in files]))
         else:
+            unreached = files
             # no pattern that any file fits: what is here of the data set is enough, whole or not
-            try:
-                folder = Path(snapshot_download(repo, **kind, local_files_only=True, allow_patterns=["/"]))
-            except LocalEntryNotFoundError:
-                why = textwrap.shorten(str(files), 200, placeholder=" …")
-                raise BadInput(
-                    f"--data {name}: no such file or folder here, nor a copy from the hub, which is out of reach: {why}"
-                ) from None
+            folder = Path(snapshot_download(repo, **kind, local_files_only=True, allow_patterns=["/"]))
             files = _chosen(_listing(folder), inside, name)
     except BadInput:
         raise
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        why = textwrap.shorten(str(error), 200, placeholder=" …")
+        why = textwrap.shorten(str(unreached or error), 200, placeholder=" …")  # why there was no other way than a copy
         raise BadInput(f"--data {name}: no such file or folder here, and the hub gave none: {why}") from None
     return tuple(folder / file for file in files)
 

@@ -275,15 +275,16 @@ def make(quantised, G=32, symmetric=True, window=None, kind=torch.bfloat16 if CA
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "quantised, symmetric, B, window", [(True, True, 2, None), (True, False, 1, 4), (False, 0, 3, 8)]
+    "quantised, symmetric, B, window, layers, tokens",
+    [(True, True, 2, None, 2, 2), (True, False, 1, 4, 1, 5), (False, 0, 3, 8, 1, 5)],
 )
-def test_the_step_is_the_model(quantised, symmetric, B, window):
-    """A padded prompt, then single tokens, round the ring and past the window; from block to block."""
-    model = make(quantised, 32, symmetric, window, num_hidden_layers=2 if B == 2 else 1)
+def test_the_step_is_the_model(quantised, symmetric, B, window, layers, tokens):
+    """A padded prompt, then single tokens: from block to block, or round the ring and past the window."""
+    model = make(quantised, 32, symmetric, window, num_hidden_layers=layers)
     plain, ours = (KVCache(model.config, B, 6, DEVICE, model.dtype) for _ in range(2))
     step = CudaStep(model, ours)
     positions = (torch.arange(4).repeat(B, 1) - torch.arange(B)[:, None]).clamp_min(-1).to(DEVICE)
-    for T in (4, *[1] * (2 if B == 2 else 5)):  # the third goes round, and two come after it
+    for T in (4, *[1] * tokens):  # the third goes round, and two come after it
         ids = torch.randint(0, 97, (B, T), device=DEVICE)
         with torch.inference_mode():
             expected, found = model.model(ids, positions, plain), step(ids, positions)
