@@ -48,15 +48,20 @@ class Plan:
         return self.flops / self.tokens
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{part} {size / GIB:.2f}" for part, size in self.parts.items() if size)
+        parts = ", ".join(f"{part} {sized(size)}" for part, size in self.parts.items() if size)
         again = ", ".join(f"{count} x {name}" for name, count in Counter(self.again).items() if name)
         return (
             f"{self.weights / 1e6:,.1f} M weights, {self.trained / 1e6:,.1f} M of them train; "
-            f"{self.flops_per_token / 1e9:.1f} GFLOP per token; a micro-batch of {self.tokens:,} tokens "
-            f"holds {self.peak / GIB:.2f} GiB ({parts})"
+            f"{self.flops_per_token / 1e9:.3g} GFLOP per token; a micro-batch of {self.tokens:,} tokens "
+            f"holds {sized(self.peak)} ({parts})"
             f"; computed again: {again or 'nothing'}"
-            + (f"; moments on the host: {self.host / GIB:.2f} GiB" if self.host else "")
+            + (f"; moments on the host: {sized(self.host)}" if self.host else "")
         )
+
+
+def sized(count: int) -> str:
+    """Bytes as GiB, or as MiB where that would be a few hundredths."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def make(
@@ -126,7 +131,7 @@ def choose(budget_gib: float, layers: int, of: Callable[[Sequence[str]], Plan]) 
     least = bisect_left(range(2 * layers), True, key=fits)
     if not fits(least):
         raise BadInput(
-            f"--memory-budget is {budget_gib:g} GiB, and a micro-batch needs {at(least).peak / GIB:.2f} with "
+            f"--memory-budget is {budget_gib:g} GiB, and a micro-batch needs {sized(at(least).peak)} with "
             "everything computed again; try a smaller --batch-size, --max-length, or --int4"
         )
     return at(least)

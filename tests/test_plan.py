@@ -107,7 +107,7 @@ def test_choose_computes_no_more_again_than_it_has_to():
     assert plan.choose(84, 4, of).again == ["block"] * 3 + ["attention"]
     assert plan.choose(80, 4, of).again == ["block"] * 4
     assert all(len(again) == 4 for again in tried)
-    with pytest.raises(BadInput, match="needs 80.00 with everything computed again"):
+    with pytest.raises(BadInput, match="needs 80.00 GiB with everything computed again"):
         plan.choose(79, 4, of)
 
 
@@ -136,4 +136,4 @@ def test_moments_on_the_host_are_none_of_the_devices(eight_bit):
     if not eight_bit:  # else what a step makes of them is the peak of both
         assert here.parts["optimiser"] == held
     assert there.peak < here.peak and there.flops == here.flops
-    assert f"moments on the host: {held / plan.GIB:.2f} GiB" in str(there) and "host" not in str(here)
+    assert f"moments on the host: {held / 2**20:.1f} MiB" in str(there) and "host" not in str(here)
