@@ -256,7 +256,10 @@ def load_model(
     packed, scheme = read_scheme(folder), wanted_scheme(folder, int4)
     unmerged = _trained_over_int4(adapters, scheme)
     if packed and len(adapters) > len(unmerged):
-        raise BadInput(f"{folder} is quantised: the adapter {adapters[0].folder} cannot be merged into it")
+        raise BadInput(
+            f"{folder} is quantised: the adapter {adapters[0].folder} cannot be merged into it; merge it into the float "
+            f"model: python -m minichat.lora merge --adapter {adapters[0].folder} --base FLOAT --out MERGED"
+        )
     tokenizer = tokenizer_of(folder, adapters)  # before the weights: what is wrong with it shows at once
     model = without_weights(config)
     model.scheme = scheme
