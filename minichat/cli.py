@@ -407,7 +407,7 @@ def load(args: argparse.Namespace, only_to_decode: bool = False):
 
     wanted = scheme(args)
     if getattr(args, "plan", False):
-        return weights.load_shapes(args.model, args.device, torch_dtype(args.dtype), wanted)
+        return weights.load_shapes(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)
     metrics.show(f"minichat: loading {args.model}")
     how = packed.load_model if only_to_decode else weights.load_model
     return how(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)

@@ -412,13 +412,25 @@ def rounding(exact: Tensor, rounded: Tensor) -> float:
 def freeze(model: nn.Module) -> None:
     """Make adapters that cannot be merged a part of the model, which another may be attached to or loaded over."""
     for module in adapted(model).values():
-        frozen = module.lora_A.weight.data, module.lora_B.weight.data, module.lora_scale
+        pair = module.lora_A.weight.data, module.lora_B.weight.data, module.lora_scale
         _take_off(module)
-        if not isinstance(module, Frozen):
-            module.__class__ = _mixed(Frozen, type(module))
-            module.frozen = []
-        module.frozen.append(frozen)
+        _put_beside(module, pair)
     model.lora = None
+
+
+def freeze_like(model: nn.Module, other: nn.Module) -> None:
+    """Give the model what freeze() has made a part of the other one: the shapes, without values."""
+    for name, module in other.named_modules():
+        for A, B, s in module.frozen if isinstance(module, Frozen) else ():
+            empty = (torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (A, B))
+            _put_beside(model.get_submodule(name), (*empty, s))
+
+
+def _put_beside(module: nn.Module, pair: tuple[Tensor, Tensor, float]) -> None:
+    if not isinstance(module, Frozen):
+        module.__class__ = _mixed(Frozen, type(module))
+        module.frozen = []
+    module.frozen.append(pair)
 
 
 def remove(model: nn.Module) -> None:

@@ -315,10 +315,14 @@ def make_plan(
     if referenced:
         batch.tensors["reference"] = torch.zeros(2 * len(batch.tensors["pairs"]))
 
+    def prepared(imagined: Mistral) -> None:
+        lora.freeze_like(imagined, model)
+        prepare(args, imagined)
+
     def of(again: Sequence[str]) -> plan.Plan:
         shape = model.config, model.scheme, model.dtype
         moments = args.optimizer == "adamw8bit", args.offload_optimizer
-        return plan.make(*shape, lambda m: prepare(args, m), method, batch, args.accumulate, again, *moments)
+        return plan.make(*shape, prepared, method, batch, args.accumulate, again, *moments)
 
     if args.memory_budget:
         found = plan.choose(args.memory_budget, model.config.num_hidden_layers, of)

@@ -257,8 +257,8 @@ def load_model(
     unmerged = _trained_over_int4(adapters, scheme)
     if packed and len(adapters) > len(unmerged):
         raise BadInput(
-            f"{folder} is quantised: the adapter {adapters[0].folder} cannot be merged into it; merge it into the float "
-            f"model: python -m minichat.lora merge --adapter {adapters[0].folder} --base FLOAT --out MERGED"
+            f"{folder} is quantised: the adapter {adapters[0].folder} cannot be merged into it; merge it into the "
+            f"float model: python -m minichat.lora merge --adapter {adapters[0].folder} --base FLOAT --out MERGED"
         )
     tokenizer = tokenizer_of(folder, adapters)  # before the weights: what is wrong with it shows at once
     model = without_weights(config)
@@ -278,15 +278,26 @@ def load_model(
 
 
 def load_shapes(
-    source: str | Path, device: str | None, dtype: torch.dtype | None, int4: bool | quant.Scheme
+    source: str | Path,
+    device: str | None,
+    dtype: torch.dtype | None,
+    int4: bool | quant.Scheme,
+    adapter: str | Path | None,
 ) -> tuple[Mistral, Tokenizer]:
     """As load_model, on the meta device: what a plan needs. The dtype is that of `device`; raises BadInput."""
     folder, adapters = chain(source)
+    if adapter is not None:
+        adapters.append(Adapter(resolve(adapter)))
     scheme = wanted_scheme(folder, int4)
+    unmerged = _trained_over_int4(adapters, scheme)
     tokenizer = tokenizer_of(folder, adapters)
     model = without_weights(read_config(folder))
-    model.scheme, model.source, model.identity = scheme, str(source), "none: shapes alone"
+    model.scheme = scheme
     imagine(model, torch.device("meta"), dtype or devices.default_dtype(devices.pick(device)), scheme)
+    for extra in unmerged:
+        freeze(model)
+        load(model, extra)
+    model.source, model.identity = str(source), "none: shapes alone"
     return model, tokenizer
 
 

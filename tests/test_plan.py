@@ -76,6 +76,25 @@ def test_a_plan_is_the_step_itself(kind, again, monkeypatch):
     assert found.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+def test_adapters_beside_int4_are_counted():
+    """Those that training goes over: of each, its own bytes."""
+    model = quantize(make(**SHAPE))
+    for r in (4, 8):
+        lora.freeze(lora.attach(model, r=r))
+    held = sum(A.nbytes + B.nbytes for m in model.modules() for A, B, _ in getattr(m, "frozen", ()))
+
+    def prepare(imagined):
+        lora.freeze_like(imagined, model)
+        lora.attach(imagined, r=4)
+
+    plain = lambda m: lora.attach(m, r=4)  # noqa: E731
+    over, alone = (
+        plan.make(model.config, Scheme(), torch.float32, p, training.sft(), sft_batch()) for p in (prepare, plain)
+    )
+    assert over.parts["adapters"] == alone.parts["adapters"] + held > held
+    assert over.trained == alone.trained and over.flops > alone.flops
+
+
 def test_frozen_linears_have_no_weight_gradient():
     """Forward and backward of LoRA, by the formula: 4 per weight and token, not 6; a head for targets alone."""
     config = Config(97, 64, 96, 3, 4, 2, 16, None, 4096)
