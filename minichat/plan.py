@@ -48,11 +48,11 @@ class Plan:
         return self.flops / self.tokens
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{part} {sized(size)}" for part, size in self.parts.items() if size)
+        parts = ", ".join(f"{part} {sized(size)}" for part, size in self.parts.items() if size >= 1024)
         again = ", ".join(f"{count} x {name}" for name, count in Counter(self.again).items() if name)
         return (
-            f"{self.weights / 1e6:,.1f} M weights, {self.trained / 1e6:,.1f} M of them train; "
-            f"{self.flops_per_token / 1e9:.3g} GFLOP per token; a micro-batch of {self.tokens:,} tokens "
+            f"{number(self.weights / 1e6)} M weights, {number(self.trained / 1e6)} M of them train; "
+            f"{number(self.flops_per_token / 1e9)} GFLOP per token; a micro-batch of {self.tokens:,} tokens "
             f"holds {sized(self.peak)} ({parts})"
             f"; computed again: {again or 'nothing'}"
             + (f"; moments on the host: {sized(self.host)}" if self.host else "")
@@ -60,8 +60,16 @@ class Plan:
 
 
 def sized(count: int) -> str:
-    """Bytes as GiB, or as MiB where that would be a few hundredths."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+    """Bytes in GiB; below a tenth of one in MiB, and so on to KiB."""
+    for unit, size in (("GiB", GIB), ("MiB", 1 << 20)):
+        if count >= size / 10:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1024:.2f} KiB"
+
+
+def number(x: float) -> str:
+    """With two decimals, or three digits where those would say less."""
+    return f"{x:,.2f}" if x >= 1 else f"{x:.3g}"
 
 
 def make(
@@ -131,7 +139,7 @@ def choose(budget_gib: float, layers: int, of: Callable[[Sequence[str]], Plan]) 
     least = bisect_left(range(2 * layers), True, key=fits)
     if not fits(least):
         raise BadInput(
-            f"--memory-budget is {budget_gib:g} GiB, and a micro-batch needs {sized(at(least).peak)} with "
+            f"--memory-budget is {budget_gib:g} GiB, and a micro-batch needs {number(at(least).peak / GIB)} with "
             "everything computed again; try a smaller --batch-size, --max-length, or --int4"
         )
     return at(least)

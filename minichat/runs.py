@@ -225,7 +225,7 @@ def train(
             share = rate * useful / args.tflops / distributed.world() / 1e12
             say(
                 f"measured: {rate:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; peak "
-                f"{device.peak_memory_gib(model.device):.2f} GiB, planned {plan.sized(planned.peak)}"
+                f"{device.peak_memory_gib(model.device):.2f} GiB, planned {plan.number(planned.peak / plan.GIB)}"
             )
         if args.emulate != "meta":  # which has kept nothing
             say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
@@ -337,11 +337,11 @@ def make_plan(
         flops += min(tokens, epoch) * 2 * found.weights
     several = f" in {distributed.world()} processes" if distributed.world() > 1 else ""
     hours = flops / (args.tflops or 1) / distributed.world() / 3.6e15
-    hours = f", {hours:.3g} h at {args.tflops:g} TFLOP/s{several}" if args.tflops else ""
+    hours = f", {plan.number(hours)} h at {args.tflops:g} TFLOP/s{several}" if args.tflops else ""
     if referenced and args.reference:
         both = plan.sized(2 * found.parts["weights"])
         say(f"plan: before, the weights of --reference are there too: {both} of both")
-    say(f"plan: {steps:,} steps, {tokens:,.0f} tokens, {flops / 1e15:.3g} PFLOP{hours}")
+    say(f"plan: {steps:,} steps, {tokens:,.0f} tokens, {plan.number(flops / 1e15)} PFLOP{hours}")
     return found, (of([""]) if any(found.again) else found).flops_per_token
 
 

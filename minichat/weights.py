@@ -246,32 +246,18 @@ def load_model(
     """
     where = devices.pick(device)
     dtype = dtype or devices.default_dtype(where)
-    folder, adapters = chain(source)
+    folder, scheme, merged, beside = _sources(source, int4, adapter, only)
     if adapter is not None:
-        adapters.append(Adapter(resolve(adapter)).only(only))
-        own = adapters[-1].metadata.get("base_fingerprint")
+        own = [*merged, *beside][-1].metadata.get("base_fingerprint")
         if own and own != identity(resolve(source)):
             show(f"minichat: warning: {adapter} was trained over other weights than {source}")
-    config = read_config(folder)
-    packed, scheme = read_scheme(folder), wanted_scheme(folder, int4)
-    unmerged = _trained_over_int4(adapters, scheme)
-    if packed and len(adapters) > len(unmerged):
-        raise BadInput(
-            f"{folder} is quantised: the adapter {adapters[0].folder} cannot be merged into it; merge it into the "
-            f"float model: python -m minichat.lora merge --adapter {adapters[0].folder} --base FLOAT --out MERGED"
-        )
-    tokenizer = tokenizer_of(folder, adapters)  # before the weights: what is wrong with it shows at once
-    model = without_weights(config)
-    model.scheme = scheme
     if not devices.holds_values(where):
-        imagine(model, where, dtype, packed or scheme)
-        model.source, model.identity = str(source), "none: shapes alone"
-        return model.eval(), tokenizer
-    merged = [a for a in adapters if a not in unmerged]
-    _fill(model, Shards(folder), where, dtype, packed, scheme, merged)
-    for extra in unmerged:
-        freeze(model)
-        load(model, extra)
+        return _shapes(source, folder, scheme, merged, beside, where, dtype)
+    model = without_weights(read_config(folder))
+    model.scheme = scheme
+    tokenizer = tokenizer_of(folder, [*merged, *beside])  # before the weights: what is wrong with it shows at once
+    _fill(model, Shards(folder), where, dtype, read_scheme(folder), scheme, merged)
+    _put_over(model, beside)
     model.source = str(resolve(source).resolve()) if Path(source).expanduser().is_dir() else str(source)
     model.identity = identity(resolve(source))
     return model.eval(), tokenizer
@@ -285,37 +271,64 @@ def load_shapes(
     adapter: str | Path | None,
 ) -> tuple[Mistral, Tokenizer]:
     """As load_model, on the meta device: what a plan needs. The dtype is that of `device`; raises BadInput."""
-    folder, adapters = chain(source)
-    if adapter is not None:
-        adapters.append(Adapter(resolve(adapter)))
-    scheme = wanted_scheme(folder, int4)
-    unmerged = _trained_over_int4(adapters, scheme)
-    tokenizer = tokenizer_of(folder, adapters)
+    dtype = dtype or devices.default_dtype(devices.pick(device))
+    return _shapes(source, *_sources(source, int4, adapter), torch.device("meta"), dtype)
+
+
+def _shapes(
+    source: str | Path,
+    folder: Path,
+    scheme: quant.Scheme | None,
+    merged: list[Adapter],
+    beside: list[Adapter],
+    where: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Mistral, Tokenizer]:
+    """The model without values: what is merged into it shows in none."""
     model = without_weights(read_config(folder))
     model.scheme = scheme
-    imagine(model, torch.device("meta"), dtype or devices.default_dtype(devices.pick(device)), scheme)
-    for extra in unmerged:
-        freeze(model)
-        load(model, extra)
+    tokenizer = tokenizer_of(folder, [*merged, *beside])
+    imagine(model, where, dtype, scheme)
+    _put_over(model, beside)
     model.source, model.identity = str(source), "none: shapes alone"
-    return model, tokenizer
+    return model.eval(), tokenizer
+
+
+def _put_over(model: Mistral, adapters: list[Adapter]) -> None:
+    for adapter in adapters:
+        freeze(model)
+        load(model, adapter)
+
+
+def _sources(
+    source: str | Path, int4: bool | quant.Scheme, adapter: str | Path | None, only: Sequence[str] | None = None
+) -> tuple[Path, quant.Scheme | None, list[Adapter], list[Adapter]]:
+    """What load_model reads: the base's folder, how its linears are quantised, the adapters that are merged into them,
+    and those that stay beside them. Raises BadInput."""
+    folder, adapters = chain(source)
+    if adapter is not None:
+        adapters.append(Adapter(resolve(adapter)).only(only))
+    scheme = wanted_scheme(folder, int4)
+    first = len(adapters)  # of the last ones, that were trained over exactly this base in INT4
+    while first and scheme is not None and adapters[first - 1].metadata.get("int4") == str(scheme):
+        first -= 1
+    merged, beside = adapters[:first], adapters[first:]
+    if merged and read_scheme(folder):
+        name = merged[-1].folder
+        raise BadInput(
+            f"{folder} is quantised: the adapter {name} cannot be merged into it; merge it into the float model, and "
+            f"use that with --int4: python -m minichat.lora merge --adapter {name} --base FLOAT --force --out MERGED"
+        )
+    for one in merged:
+        if over := one.metadata.get("int4"):
+            say_merged_over(one.folder, over, "float weights" if scheme is None else f"weights of {scheme}")
+    return folder, scheme, merged, beside
 
 
 def tokenizer_of(folder: Path, adapters: list[Adapter]) -> Tokenizer:
     """The tokenizer of the last adapter that has one, else the base's."""
     tuned = [a.folder for a in reversed(adapters) if (a.folder / "tokenizer.json").exists()]
     return Tokenizer(tuned[0] if tuned else folder)
-
-
-def _trained_over_int4(adapters: list[Adapter], scheme) -> list[Adapter]:
-    """The last adapters that were trained over exactly this INT4 base: they are used beside it, unmerged."""
-    first = len(adapters)
-    while first and scheme is not None and adapters[first - 1].metadata.get("int4") == str(scheme):
-        first -= 1
-    for adapter in adapters[:first]:
-        if over := adapter.metadata.get("int4"):
-            say_merged_over(adapter.folder, over, "float weights" if scheme is None else f"weights of {scheme}")
-    return adapters[first:]
 
 
 @torch.no_grad()

@@ -39,6 +39,17 @@ def test_peak_of_a_few_tensors():
     assert c.numel() == 1 << 18
 
 
+def test_numbers_are_read_at_a_glance():
+    """From a model of a page to a run of a year: no zeros, no powers of ten where there need be none."""
+    assert [plan.sized(n) for n in (16 << 30, 1 << 27, 5 << 20, 3000)] == [
+        "16.00 GiB",
+        "0.12 GiB",
+        "5.00 MiB",
+        "2.93 KiB",
+    ]
+    assert [plan.number(x) for x in (12340, 27.3, 0.0185)] == ["12,340.00", "27.30", "0.0185"]
+
+
 @pytest.mark.parametrize("again", ["", "block"])
 @pytest.mark.parametrize("kind", ["sft", "dpo", "full", "int4", "nf4", "bf16"])
 def test_a_plan_is_the_step_itself(kind, again, monkeypatch):
@@ -126,7 +137,7 @@ def test_choose_computes_no_more_again_than_it_has_to():
     assert plan.choose(84, 4, of).again == ["block"] * 3 + ["attention"]
     assert plan.choose(80, 4, of).again == ["block"] * 4
     assert all(len(again) == 4 for again in tried)
-    with pytest.raises(BadInput, match="needs 80.00 GiB with everything computed again"):
+    with pytest.raises(BadInput, match="needs 80.00 with everything computed again"):
         plan.choose(79, 4, of)
 
 
@@ -155,4 +166,4 @@ def test_moments_on_the_host_are_none_of_the_devices(eight_bit):
     if not eight_bit:  # else what a step makes of them is the peak of both
         assert here.parts["optimiser"] == held
     assert there.peak < here.peak and there.flops == here.flops
-    assert f"moments on the host: {held / 2**20:.1f} MiB" in str(there) and "host" not in str(here)
+    assert f"moments on the host: {held / 2**20:.2f} MiB" in str(there) and "host" not in str(here)

@@ -129,7 +129,7 @@ def test_a_plan_says_what_a_run_needs_and_writes_nothing(run, base, files, tmp_p
     assert code == 0, err
     plan, time = (line for line in err.splitlines() if "plan:" in line)
     assert re.search(r"GFLOP per token; a micro-batch of [\d,]+ tokens holds [\d.]+ MiB \(weights", plan)
-    assert re.search(r"3 steps, [\d,]+ tokens, [\d.e-]+ PFLOP, [\d.e-]+ h at 2 TFLOP/s", time)
+    assert re.search(r"3 steps, [\d,]+ tokens, [\d.,e-]+ PFLOP, [\d.,e-]+ h at 2 TFLOP/s", time)
     assert not Path("a").exists()
     code, _, err = run("train.py", *flags, "--plan", "--memory-budget", 0.0001)
     assert code == 2 and "everything computed again" in err.splitlines()[-1]
@@ -371,6 +371,13 @@ def test_training_over_int4(done, run, base, files):
     lora.freeze(both)
     with pytest.raises(BadInput, match="unmerged adapter"):
         minichat.save(both, Tokenizer(base), "no")
+    held = []  # by the plan: of adapters, over the base, over the first, over both
+    for first in (base, "q", "r"):
+        code, _, err = run("dpo.py", "--model", first, "--int4", "--out", "s", "--plan", *again)
+        assert code == 0, err
+        size, unit = re.search(r"adapters ([\d.]+) (KiB|MiB)", err).groups()
+        held.append(float(size) * (1 if unit == "KiB" else 1024))
+    assert held[0] < held[1] < held[2]
     code, _, err = run("dpo.py", "--model", "q", "--out", "s", *again)
     assert code == 0 and err.count("was trained over quantised") == 1
     minichat.save(*minichat.load(base, int4=True), "packed")

@@ -480,7 +480,9 @@ def test_adapter_over_int4_stays_beside_it(base, packed, tmp_path, capsys):
     trained = adapt(packed, tmp_path / "p", 2)
     assert torch.equal(logits(minichat.load(tmp_path / "p")[0]), logits(trained))
     adapt(base, tmp_path / "f", 3)
-    one_line(lambda: minichat.load(packed, adapter=tmp_path / "f"), packed, tmp_path / "f", "minichat.lora merge")
+    told = packed, tmp_path / "f", "cannot be merged", "minichat.lora merge"
+    one_line(lambda: minichat.load(packed, adapter=tmp_path / "f"), *told)
+    one_line(lambda: weights.load_shapes(packed, "cpu", None, False, tmp_path / "f"), *told)
 
 
 # ---- memory ----
