@@ -246,7 +246,7 @@ def load_model(
     """
     where = devices.pick(device)
     dtype = dtype or devices.default_dtype(where)
-    folder, scheme, merged, beside = _sources(source, int4, adapter, only)
+    folder, scheme, merged, beside = _base_and_adapters(source, int4, adapter, only)
     if adapter is not None:
         own = [*merged, *beside][-1].metadata.get("base_fingerprint")
         if own and own != identity(resolve(source)):
@@ -257,7 +257,7 @@ def load_model(
     model.scheme = scheme
     tokenizer = tokenizer_of(folder, [*merged, *beside])  # before the weights: what is wrong with it shows at once
     _fill(model, Shards(folder), where, dtype, read_scheme(folder), scheme, merged)
-    _put_over(model, beside)
+    _load_beside(model, beside)
     model.source = str(resolve(source).resolve()) if Path(source).expanduser().is_dir() else str(source)
     model.identity = identity(resolve(source))
     return model.eval(), tokenizer
@@ -272,7 +272,7 @@ def load_shapes(
 ) -> tuple[Mistral, Tokenizer]:
     """As load_model, on the meta device: what a plan needs. The dtype is that of `device`; raises BadInput."""
     dtype = dtype or devices.default_dtype(devices.pick(device))
-    return _shapes(source, *_sources(source, int4, adapter), torch.device("meta"), dtype)
+    return _shapes(source, *_base_and_adapters(source, int4, adapter), torch.device("meta"), dtype)
 
 
 def _shapes(
@@ -289,18 +289,19 @@ def _shapes(
     model.scheme = scheme
     tokenizer = tokenizer_of(folder, [*merged, *beside])
     imagine(model, where, dtype, scheme)
-    _put_over(model, beside)
+    _load_beside(model, beside)
     model.source, model.identity = str(source), "none: shapes alone"
     return model.eval(), tokenizer
 
 
-def _put_over(model: Mistral, adapters: list[Adapter]) -> None:
+def _load_beside(model: Mistral, adapters: list[Adapter]) -> None:
+    """Unmerged, one over the other: a model carries one adapter, and those below it are frozen into it."""
     for adapter in adapters:
         freeze(model)
         load(model, adapter)
 
 
-def _sources(
+def _base_and_adapters(
     source: str | Path, int4: bool | quant.Scheme, adapter: str | Path | None, only: Sequence[str] | None = None
 ) -> tuple[Path, quant.Scheme | None, list[Adapter], list[Adapter]]:
     """What load_model reads: the base's folder, how its linears are quantised, the adapters that are merged into them,
