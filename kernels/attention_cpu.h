@@ -83,7 +83,7 @@ INLINE auto by_key(Of of) {
 
 template <int W>
 INLINE typename Lanes<W>::F by_key(const float* numbers) {
-    return by_key<W>([&](int k) ALWAYS_INLINE { return everywhere<W>(numbers + k); });
+    return by_key<W>([&](int k) ALWAYS_INLINE { return everywhere<typename Lanes<W>::F>(numbers + k); });
 }
 
 // What makes integers up to `top` of numbers up to `most`: 0 if there are none to make.

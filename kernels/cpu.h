@@ -41,13 +41,14 @@ struct Chunk {
 
 struct Matmul {
     Weight weight;
-    const void* chunks;         // Chunk<PLANES> [M][K / 32]
+    const void* chunks;         // Chunk<PLANES>, M * K / 32: int4_cpu.cpp draws their order
     void* y;                    // (M, N), with rows `stride` apart
     int64_t M, stride;
     Kind y_kind;
 };
 
 struct Prepare {
+    int64_t M, K;
     const void* x;              // (M, K)
     Kind x_kind;
     int32_t zero;               // that of symmetric weights, else 0
@@ -165,16 +166,16 @@ INLINE typename Lanes<W>::I widen(const int8_t* p) {
 }
 
 // A number in all lanes. Of several, compilers make one vector, in memory, and load that: it waits for the stores.
-template <int W>
-INLINE typename Lanes<W>::F everywhere(const float* number) {
+template <class V, class Number>
+INLINE V everywhere(const Number* number) {
 #ifdef X86
-    if constexpr (W > 4) {
-        typename Lanes<W>::F all;
+    if constexpr (sizeof(V) > 16) {
+        V all;
         asm("vbroadcastss %1, %0" : "=v"(all) : "m"(*number));
         return all;
     }
 #endif
-    return typename Lanes<W>::F{} + *number;
+    return V{} + *number;
 }
 
 // W numbers of a kind as fp32, exactly.

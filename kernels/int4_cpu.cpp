@@ -27,6 +27,12 @@
 // where all between the parentheses are integers, and each chunk is added up in fp32. The order of those sums depends
 // on nothing but K, so that a row's outputs are the same in every batch and on every number of threads.
 //
+// Some tokens, a tile, are multiplied with a weight's chunk together, and lie together, so that all that a product reads
+// of them is at fixed distances from one pointer, which goes on and on:
+//
+//   chunks [M / tile] [K / 32] [tile]       tile: 16, 4 or 2 by the registers that there are; what is left over of M
+//                                           is in tiles of half the size, a quarter, ...
+//
 // Every function but the product is written once, on vectors of W floats (cpu.h), and compiled for AVX-512 with VNNI
 // (W = 16), AVX2 with FMA (W = 8) and the base instruction set of any machine (W = 4, also on ARM). The caller says
 // which one; best_isa() knows which ones run here.
@@ -58,6 +64,23 @@ struct Quantize {
     uint8_t* q;                 // (N, K)
     uint8_t* best;              // (N, K / G): which candidate won
 };
+
+// ---- tiles: the tokens that are multiplied with a weight's chunk together -------------------------------------------
+// As many as there are registers for their sums; AVX2's are those of Products.
+template <int W, int BITS, int PLANES>
+constexpr int TOKENS = W == 16 ? 16 : W == 8 ? 16 / (BITS * PLANES) : 2;
+
+struct Tile {
+    int64_t first, size;
+};
+
+// That of token m of M: T tokens each, and those left over in tiles of half the size, and half of that, ...
+template <int T>
+INLINE Tile tile_of(int64_t m, int64_t M) {
+    int64_t size = T;
+    while (m / size * size + size > M) size /= 2;
+    return {m / size * size, size};
+}
 
 // ---- activations to integers ----------------------------------------------------------------------------------------
 template <int W>
@@ -113,8 +136,13 @@ INLINE void prepare_chunk(const Prepare& job, int64_t at, int bits, Chunk<PLANES
 
 template <int W, int BITS, int PLANES>
 INLINE void prepare_chunks(const Prepare& job, int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; c++)
-        prepare_chunk<W>(job, c * CHUNK, BITS, static_cast<Chunk<PLANES>*>(job.chunks)[c]);
+    const int64_t per_row = job.K / CHUNK;
+    while (first < last) {
+        const int64_t m = first / per_row, row = m * per_row, end = std::min(last, row + per_row);
+        const auto [tile, size] = tile_of<TOKENS<W, BITS, PLANES>>(m, job.M);
+        auto* out = static_cast<Chunk<PLANES>*>(job.chunks) + tile * per_row + m - tile;
+        for (; first < end; first++) prepare_chunk<W>(job, first * CHUNK, BITS, out[(first - row) * size]);
+    }
 }
 
 // ---- the product ----------------------------------------------------------------------------------------------------
@@ -127,8 +155,7 @@ struct Dot {
     using I = typename Lanes<W>::I;
     using U = typename Lanes<W>::U;
 
-    static INLINE I of(const U (&codes)[8], const int8_t* x, int32_t start) {
-        I sum = I{} + start;
+    static INLINE I of(const U (&codes)[8], const int8_t* x, I sum) {
         for (int i = 0; i < 8; i++)
             for (int b = 0; b < 4; b++) sum += (I)(codes[i] >> (8 * b) & 255) * x[4 * i + b];
         return sum;
@@ -141,14 +168,10 @@ struct Dot<16> {
     using I = Lanes<16>::I;
     using U = Lanes<16>::U;
 
-    static INLINE I of(const U (&codes)[8], const int8_t* x, int32_t start) {
-        I even = I{} + start, odd{};
-#pragma GCC unroll 4
-        for (int i = 0; i < 8; i += 2) {
-            add(even, codes[i], x + 4 * i);
-            add(odd, codes[i + 1], x + 4 * i + 4);
-        }
-        return even + odd;
+    static INLINE I of(const U (&codes)[8], const int8_t* x, I sum) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++) add(sum, codes[i], x + 4 * i);
+        return sum;
     }
 
     static INLINE void add(I& sum, U codes, const int8_t* x) {
@@ -174,20 +197,19 @@ INLINE void unpack_chunk(const uint32_t* words, typename Lanes<W>::U (&codes)[8]
 // T tokens' products with one chunk of 16 rows, in integers: take(token, which W of the rows, their sums + start).
 template <int W, int BITS, int PLANES, int T>
 struct Products {
+    using I = typename Lanes<W>::I;
+
     template <class Take>
-    static INLINE void of(const uint32_t* words, const Chunk<PLANES>* x, int64_t chunks, Take take) {
-#pragma GCC unroll 4
-        for (int p = 0; p < ROWS / W; p++) {
+    static INLINE void of(const uint32_t* words, const Chunk<PLANES>* x, Take take) {
+        each<ROWS / W>([&](int p) ALWAYS_INLINE {
             typename Lanes<W>::U codes[8];
             unpack_chunk<W, BITS>(words + p * W, codes);
-#pragma GCC unroll 16
-            for (int t = 0; t < T; t++) {
-                const Chunk<PLANES>& token = x[t * chunks];
-                auto dot = Dot<W>::of(codes, token.q[PLANES - 1], token.start);
-                if constexpr (PLANES == 2) dot += Dot<W>::of(codes, token.q[0], 0) << 7;
+            each<T>([&](int t) ALWAYS_INLINE {
+                I dot = Dot<W>::of(codes, x[t].q[PLANES - 1], everywhere<I>(&x[t].start));
+                if (PLANES == 2) dot += Dot<W>::of(codes, x[t].q[0], I{}) << 7;
                 take(t, p, dot);
-            }
-        }
+            });
+        });
     }
 };
 
@@ -202,7 +224,7 @@ struct Products<8, BITS, PLANES, T> {
     typedef int16_t Pairs __attribute__((vector_size(32)));
 
     template <class Take>
-    static INLINE void of(const uint32_t* words, const Chunk<PLANES>* x, int64_t chunks, Take take) {
+    static INLINE void of(const uint32_t* words, const Chunk<PLANES>* x, Take take) {
         Pairs sums[T][PLANES][BITS / 4][2];
         each<BITS>([&](int i) ALWAYS_INLINE {
             each<2>([&](int high) ALWAYS_INLINE {  // the half of each byte
@@ -212,7 +234,7 @@ struct Products<8, BITS, PLANES, T> {
                 each<T * PLANES>([&](int at) ALWAYS_INLINE {
                     const int t = at / PLANES, plane = at % PLANES;
                     Pairs(&sum)[2] = sums[t][plane][BITS == 4 ? 0 : high];
-                    const U four = U{} + load<uint32_t>(x[t * chunks].q[plane] + k);
+                    const U four = U{} + load<uint32_t>(x[t].q[plane] + k);
                     if (k == 0) {
                         sum[0] = products(left, four), sum[1] = products(right, four);
                     } else {
@@ -223,7 +245,7 @@ struct Products<8, BITS, PLANES, T> {
         });
         each<T * 2>([&](int at) ALWAYS_INLINE {
             const int t = at / 2, p = at % 2;
-            I dot = total(sums[t][PLANES - 1], p) + x[t * chunks].start;
+            I dot = total(sums[t][PLANES - 1], p) + x[t].start;
             if (PLANES == 2) dot += total(sums[t][0], p) << 7;
             take(t, p, dot);
         });
@@ -278,22 +300,21 @@ INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (
             scale[p] = load_floats<W>(w.scale, w.scale_kind, at);
             if (!SYMMETRIC && w.zero) zero[p] = load_zero<W>(w, at);
         }
-        for (int64_t c = 0; c < per_group; c++, x++, words += ROWS * BITS) {
+        for (int64_t c = 0; c < per_group; c++, x += T, words += ROWS * BITS) {
             constexpr bool IDLE = W == 16 || T * PLANES == 1;  // else the arithmetic leaves no time for more
 #pragma GCC unroll 8
             for (int i = 0; i < BITS; i++) {
                 if (IDLE) __builtin_prefetch(words + FAR + i * ROWS, 0, 2);
                 __builtin_prefetch(words + NEAR + i * ROWS, 0, 0);  // a token reads them once: nothing to keep
             }
-            Products<W, BITS, PLANES, T>::of(words, x, chunks, [&](int t, int p, I dot) ALWAYS_INLINE {
-                if (!SYMMETRIC && w.zero) dot -= zero[p] * x[t * chunks].sum;
-                sum[t][p] += __builtin_convertvector(dot, F) * (scale[p] * x[t * chunks].scale);
-                if (IN_MEMORY) asm("" : "+m"(sum[t][p]));
+            Products<W, BITS, PLANES, T>::of(words, x, [&](int t, int p, I dot) ALWAYS_INLINE {
+                if (!SYMMETRIC && w.zero) dot -= zero[p] * x[t].sum;
+                sum[t][p] += __builtin_convertvector(dot, F) * (scale[p] * x[t].scale);
+                if constexpr (IN_MEMORY) asm("" : "+m"(sum[t][p]));
             });
         }
     }
-    for (int t = 0; t < T; t++)
-        for (int p = 0; p < P; p++) store(y[t] + p * W, sum[t][p]);
+    each<T * P>([&](int at) ALWAYS_INLINE { store(y[at / P] + at % P * W, sum[at / P][at % P]); });
 }
 
 // T tokens at a time; the rest in tiles of half the size
@@ -304,8 +325,8 @@ INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last)
     for (; last - first >= T; first += T) {
         float y[T][ROWS];
         const auto* these = x + first * (job.weight.K / CHUNK);
-        if (W == 8 && !job.weight.zero)  // a test at each product costs AVX2 a tenth
-            tile<W, BITS, PLANES, T, W == 8>(job.weight, block, these, y);
+        if (W > 4 && !job.weight.zero)  // a test at each product costs AVX2 a tenth
+            tile<W, BITS, PLANES, T, (W > 4)>(job.weight, block, these, y);
         else
             tile<W, BITS, PLANES, T, false>(job.weight, block, these, y);
         for (int t = 0; t < T; t++)
@@ -322,7 +343,7 @@ INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last)
 
 template <int W, int BITS, int PLANES>
 INLINE void matmul_blocks(const Matmul& job, int64_t first, int64_t last) {
-    constexpr int T = W == 16 ? 16 : W == 8 ? 16 / (BITS * PLANES) : 2;  // sums for the registers; AVX2's: Products'
+    constexpr int T = TOKENS<W, BITS, PLANES>;
     const int64_t per_token = job.weight.K / CHUNK * static_cast<int64_t>(sizeof(Chunk<PLANES>));
     const int64_t tokens = std::max<int64_t>(1, L2_BYTES / per_token / T) * T;
     for (int64_t m = 0; m < job.M; m += tokens)
@@ -493,7 +514,7 @@ int best_isa() {
 void matmul(const void* x, int x_kind, int64_t M, int planes, void* chunks, const uint32_t* words, const void* scale,
             int scale_kind, const uint8_t* zero, int64_t N, int64_t K, int64_t G, int bits, void* y, int y_kind,
             int isa, int threads) {
-    Prepare prepare{x, Kind(x_kind), zero ? 0 : 1 << (bits - 1), chunks};
+    Prepare prepare{M, K, x, Kind(x_kind), zero ? 0 : 1 << (bits - 1), chunks};
     Matmul job{{words, scale, zero, N, K, G, Kind(scale_kind)}, chunks, y, M, N, Kind(y_kind)};
     parallel(instance(isa).prepare[bits == 8][planes == 2], &prepare, M * (K / CHUNK), M > 1 ? threads : 1);
     parallel(instance(isa).matmul[bits == 8][planes == 2], &job, (N + ROWS - 1) / ROWS, threads);

@@ -209,7 +209,7 @@ struct Thread {
 
     // x (M, w.K) as integers, each thread a part of them
     INLINE void to_integers(const float* x, const Weight& w) const {
-        Prepare job{x, FP32, w.zero ? 0 : 1 << (s.bits - 1), mine.chunks};
+        Prepare job{M, w.K, x, FP32, w.zero ? 0 : 1 << (s.bits - 1), mine.chunks};
         const Range part(M * (w.K / CHUNK), thread, threads);
         does.prepare[s.bits == 8][s.planes == 2](&job, part.first, part.last);
     }
