@@ -89,14 +89,29 @@ INLINE typename Lanes<W>::F by_key(const float* numbers) {
 // What makes integers up to `top` of numbers up to `most`: 0 if there are none to make.
 INLINE float inverse_of(float top, float most) { return most > 0x1p-100f && most < __builtin_inff() ? top / most : 0; }
 
+constexpr int64_t size_of(Kind kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
+
+// Asks for the lines of COUNT numbers of a cache that are AHEAD of the at-th, unless they begin past the end. Between
+// the arithmetic, a few at a time: a core that has asked for as many lines as it can (12 or so) does nothing else.
+template <Kind KIND, int COUNT>
+INLINE void fetch(const void* cache, int64_t at, int64_t end) {
+    const int64_t bytes = at * size_of(KIND) + AHEAD;
+    if (bytes >= end * size_of(KIND)) return;
+    each<(COUNT * size_of(KIND) + 63) / 64>([&](int line) ALWAYS_INLINE {
+        __builtin_prefetch(static_cast<const char*>(cache) + bytes + line * 64, 0, 3);
+    });
+}
+
 // ---- three ways to multiply -----------------------------------------------------------------------------------------
 // The scores of 4 heads lie side by side: (keys, 4), W / 4 keys to a vector. These are the products of as many keys:
 // rows[i] is where the i-th begins.
 template <class Of>
-INLINE typename Of::F products_of(const typename Of::Number* q, int64_t Hd, const void* keys, const int64_t* rows) {
+INLINE typename Of::F products_of(const typename Of::Number* q, int64_t Hd, const void* keys, const int64_t* rows,
+                                  int64_t end) {
     constexpr int W = Of::W, KEYS = W / HEADS;
     typename Of::Sum sum[W] = {};
     for (int64_t d = 0; d < Hd; d += 2 * W) {
+        fetch<Of::KIND, KEYS * 2 * W>(keys, rows[0] + KEYS * d, end);
         decltype(Of::load(keys, d)) key[KEYS];
         each<KEYS>([&](int i) ALWAYS_INLINE { key[i] = Of::load(keys, rows[i] + d); });
         each<HEADS * KEYS>([&](int at) ALWAYS_INLINE {
@@ -132,8 +147,8 @@ struct Floats {
         return 1;
     }
 
-    static INLINE F products(const Number* q, int64_t Hd, const void* keys, const int64_t* rows) {
-        return products_of<Floats>(q, Hd, keys, rows);
+    static INLINE F products(const Number* q, int64_t Hd, const void* keys, const int64_t* rows, int64_t end) {
+        return products_of<Floats>(q, Hd, keys, rows, end);
     }
 
     static INLINE Numbers load(const void* cache, int64_t at) {
@@ -195,8 +210,8 @@ struct Pairs {
         return KIND == BF16 ? 1 : most / TOP;
     }
 
-    static INLINE F products(const Number* q, int64_t Hd, const void* keys, const int64_t* rows) {
-        return products_of<Pairs>(q, Hd, keys, rows);
+    static INLINE F products(const Number* q, int64_t Hd, const void* keys, const int64_t* rows, int64_t end) {
+        return products_of<Pairs>(q, Hd, keys, rows, end);
     }
 
     static INLINE V load(const void* cache, int64_t at) {
@@ -305,11 +320,12 @@ struct Bytes : Pairs<16, INT8> {
         return most / 127;
     }
 
-    static INLINE F products(const Number* q, int64_t Hd, const void* keys, const int64_t* rows) {
+    static INLINE F products(const Number* q, int64_t Hd, const void* keys, const int64_t* rows, int64_t end) {
         U sum[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) sum[i] = ::load<U>(q + Hd * HEADS);
         for (int64_t d = 0; d < Hd; d += 16) {
+            fetch<INT8, 4 * 16>(keys, rows[0] + 4 * d, end);
             const U query = ::load<U>(q + d * HEADS);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
@@ -365,18 +381,6 @@ struct Bytes : Pairs<16, INT8> {
 #endif
 
 // ---- a token's attention --------------------------------------------------------------------------------------------
-constexpr int64_t size_of(Kind kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
-
-// Asks for `count` numbers of a cache from the at-th on, or a few more, unless they begin past the end. LOCALITY 3:
-// into the first cache; 2: into the second one, which can wait for more of them.
-template <Kind KIND, int LOCALITY>
-INLINE void fetch(const void* cache, int64_t at, int64_t count, int64_t end) {
-    if (at >= end) return;
-    const char* bytes = static_cast<const char*>(cache) + at * size_of(KIND);
-    for (int64_t i = 0; i < count * size_of(KIND); i += 256)
-        each<4>([&](int line) ALWAYS_INLINE { __builtin_prefetch(bytes + i + line * 64, 0, LOCALITY); });
-}
-
 // Whether all of a block's keys are seen (255), or none (0).
 INLINE bool all_are(const uint8_t* sees, uint8_t value) {
     uint8_t other = 0;
@@ -411,10 +415,9 @@ INLINE typename Of::F score(const typename Of::Number* q, typename Of::F by, con
         const bool all = all_are(sees, 255);
         int64_t row = at + first * Hd;
         for (int k = 0; k < BLOCK; k += KEYS, row += KEYS * Hd) {
-            fetch<Of::KIND, 3>(keys, row + AHEAD / size_of(Of::KIND), KEYS * Hd, end);
             int64_t rows[KEYS];  // of keys past the last, its own again
             each<KEYS>([&](int i) ALWAYS_INLINE { rows[i] = std::min(row + i * Hd, end - Hd); });
-            F found = Of::products(q, Hd, keys, rows) * by;
+            F found = Of::products(q, Hd, keys, rows, end) * by;
             if (Of::KIND == INT8) found *= by_key<W>(scale + k);
             if (!all) found = only_seen<W>(found, sees + k);
             store(scores + k * HEADS, found);
@@ -438,6 +441,7 @@ INLINE typename Of::F mix(const float* scores, typename Of::F most, const void* 
         float weights[BLOCK * HEADS], room[BLOCK], undo[HEADS] = {};
         const float* scale = Of::KIND == INT8 ? scales_of(scales, first, seen, room) : nullptr;
         for (int k = 0; k < BLOCK; k += KEYS) {
+            if (Of::KIND == INT8) fetch<INT8, KEYS * 32>(values, at + first * Hd + k * 32, at + seen * Hd);
             const F e = Of::rounded(exponential<W>(load<F>(scores + k * HEADS) - most));
             sums += e;
             store(weights + k * HEADS, Of::KIND == INT8 ? e * by_key<W>(scale + k) : e);
@@ -445,12 +449,13 @@ INLINE typename Of::F mix(const float* scores, typename Of::F most, const void* 
         typename Of::Word words_room[BLOCK * HEADS / 2];
         const auto* words = Of::words(weights, words_room, undo);
         const int64_t end = at + std::min(first + BLOCK, seen) * Hd;
-        int64_t next = at + first * Hd + AHEAD / size_of(Of::KIND);  // in order, though values are not read so
-        for (int64_t d = 0; d < Hd; d += COLUMNS, next += BLOCK * COLUMNS) {
-            fetch<Of::KIND, 2>(values, next, BLOCK * COLUMNS, at + seen * Hd);
+        int64_t next = at + first * Hd;  // in order, though values are not read so
+        for (int64_t d = 0; d < Hd; d += COLUMNS) {
             typename Of::Sum sum[HEADS][P][PARTS] = {};
             const auto* word = words;
             for (int64_t row = at + first * Hd; row < end; row += TOGETHER * Hd, word += HEADS) {
+                fetch<Of::KIND, TOGETHER * COLUMNS>(values, next, at + seen * Hd);
+                next += TOGETHER * COLUMNS;
                 each<P>([&](int i) ALWAYS_INLINE {
                     int64_t rows[TOGETHER];  // of keys past the last, its own again
                     each<TOGETHER>([&](int j) ALWAYS_INLINE {

@@ -6,8 +6,8 @@
 // embeddings to the last norm, share out matmuls and heads, and meet at a barrier between one sum over all columns
 // and the next:
 //
-//   norm, to integers | q k v | RoPE, into the cache, attention | to integers | o, + x |
-//   norm, to integers | gate up, SwiGLU               | to integers | down, + x |
+//   norm, to integers | q k v | RoPE, into the cache, attention, to integers | o, + x |
+//   norm, to integers | gate up, SwiGLU, to integers                         | down, + x |
 //
 // Each output is computed whole by one thread in an order that depends on neither which one nor the batch, so that
 // a token has the same logits alone and among others: a draft checked in one batch is what greedy decoding would say.
@@ -55,14 +55,14 @@ struct alignas(64) Taken {
 // ---- scratch: everything that a step writes, in one piece of memory that is there already ---------------------------
 struct Scratch {
     float *h, *qkv, *attended, *gate, *up;  // (M, D), (M, (H + 2 KvH) Hd), (M, H Hd), (M, inner) twice
-    uint8_t* chunks;
+    uint8_t *chunks, *inner_chunks;         // as integers: what all matmuls but `down` read, and what that reads
     float *scores, *queries, *mixed;        // of each thread (stride, HEADS), (HEADS, Hd) twice
     Taken* taken;                           // (QUEUES, threads)
     uint8_t* sees;                          // (M, stride): 255 for the keys that a token sees, else 0
     int64_t stride, bytes;
 
     Scratch(const Step& s, int threads) {
-        const int64_t M = s.B * s.T, widest = std::max(s.inner, std::max(s.D, s.H * s.Hd));
+        const int64_t M = s.B * s.T;
         bytes = 0;
         auto take = [&](int64_t count) {
             uint8_t* here = s.scratch + bytes;
@@ -77,7 +77,8 @@ struct Scratch {
         gate = reinterpret_cast<float*>(take(4 * M * s.inner));
         up = reinterpret_cast<float*>(take(4 * M * s.inner));
         bytes = std::max(bytes, after);
-        chunks = take(M * widest / CHUNK * static_cast<int64_t>(sizeof(Chunk<2>)));
+        chunks = take(M * std::max(s.D, s.H * s.Hd) / CHUNK * static_cast<int64_t>(sizeof(Chunk<2>)));
+        inner_chunks = take(M * s.inner / CHUNK * static_cast<int64_t>(sizeof(Chunk<2>)));
         stride = (s.slots + BLOCK - 1) / BLOCK * BLOCK;
         scores = reinterpret_cast<float*>(take(4 * threads * HEADS * stride));
         queries = reinterpret_cast<float*>(take(4 * threads * HEADS * s.Hd));
@@ -90,8 +91,9 @@ struct Scratch {
 struct Range {
     int64_t first, last;
 
+    Range(int64_t first, int64_t last) : first(first), last(last) {}
     Range(int64_t count, int64_t thread, int64_t threads)
-        : first(count * thread / threads), last(count * (thread + 1) / threads) {}
+        : Range(count * thread / threads, count * (thread + 1) / threads) {}
 };
 
 // ---- small arithmetic -----------------------------------------------------------------------------------------------
@@ -207,11 +209,10 @@ struct Thread {
         if (threads > 1) GOMP_barrier();
     }
 
-    // x (M, w.K) as integers, each thread a part of them
-    INLINE void to_integers(const float* x, const Weight& w) const {
-        Prepare job{M, w.K, x, FP32, w.zero ? 0 : 1 << (s.bits - 1), mine.chunks};
-        const Range part(M * (w.K / CHUNK), thread, threads);
-        does.prepare[s.bits == 8][s.planes == 2](&job, part.first, part.last);
+    // some chunks of x (M, w.K) as integers
+    INLINE void to_integers(const float* x, const Weight& w, uint8_t* chunks, Range some) const {
+        Prepare job{M, w.K, x, FP32, w.zero ? 0 : 1 << (s.bits - 1), chunks};
+        does.prepare[s.bits == 8][s.planes == 2](&job, some.first, some.last);
     }
 
     INLINE void norm_to_integers(const float* weight, const Weight& w) const {
@@ -222,7 +223,7 @@ struct Thread {
             const int64_t last = std::min(part.last - m * per_row, per_row) * CHUNK;
             normalise<W>(s.x + m * s.D, weight, s.eps, s.D, first, last, mine.h + m * s.D);
         }
-        to_integers(mine.h, w);  // the same parts: no other thread's are read
+        to_integers(mine.h, w, mine.chunks, part);
     }
 
     // take(range) for all items of a queue, `some` at a time: those of this thread's part in order, then what others
@@ -242,40 +243,48 @@ struct Thread {
         }
     }
 
-    // the same of w's blocks of rows
+    // the same of w's rows, `together` blocks of them and more
     template <class Take>
-    INLINE void share_out(Queue queue, const Weight& w, Take take) const {
-        const int64_t bytes = w.K * s.bits / 8 * ROWS;
-        share_out(queue, (w.N + ROWS - 1) / ROWS, std::max<int64_t>(1, TAKE_BYTES / bytes), take);
+    INLINE void share_out(Queue queue, const Weight& w, int64_t together, Take take) const {
+        const int64_t bytes = w.K * s.bits / 8 * ROWS * together, blocks = (w.N + ROWS - 1) / ROWS;
+        share_out(queue, (blocks + together - 1) / together, std::max<int64_t>(1, TAKE_BYTES / bytes),
+                  [&](Range some) ALWAYS_INLINE {
+                      take(Range{some.first * together, std::min(some.last * together, blocks)});
+                  });
     }
 
     // some rows of y = chunks @ w^T, into columns of a matrix `stride` wide
-    INLINE void multiply(const Weight& w, float* y, int64_t stride, Range blocks) const {
-        Matmul job{w, mine.chunks, y, M, stride, FP32};
+    INLINE void multiply(const uint8_t* chunks, const Weight& w, float* y, int64_t stride, Range blocks) const {
+        Matmul job{w, chunks, y, M, stride, FP32};
         does.matmul[s.bits == 8][s.planes == 2](&job, blocks.first, blocks.last);
     }
 
     INLINE void multiply(Queue queue, const Weight& w, float* y, int64_t stride) const {
-        share_out(queue, w, [&](Range blocks) ALWAYS_INLINE { multiply(w, y, stride, blocks); });
+        share_out(queue, w, 1, [&](Range blocks) ALWAYS_INLINE { multiply(mine.chunks, w, y, stride, blocks); });
     }
 
-    INLINE void multiply_and_add(Queue queue, const Weight& w, float* y) const {
-        share_out(queue, w, [&](Range blocks) ALWAYS_INLINE {
-            multiply(w, y, s.D, blocks);
+    INLINE void multiply_and_add(Queue queue, const uint8_t* chunks, const Weight& w, float* y) const {
+        share_out(queue, w, 1, [&](Range blocks) ALWAYS_INLINE {
+            multiply(chunks, w, y, s.D, blocks);
             const int64_t last = std::min(blocks.last * ROWS, w.N);
             for (int64_t m = 0; m < M; m++)
                 for (int64_t n = blocks.first * ROWS; n < last; n++) s.x[m * s.D + n] += y[m * s.D + n];
         });
     }
 
-    INLINE void swiglu(Range blocks) const {  // all widths are multiples of 32
+    // of some columns, and what `down` makes of it as integers: all widths are multiples of 32
+    INLINE void swiglu(const Weight& down, Range blocks) const {
         using F = typename Lanes<W>::F;
-        for (int64_t m = 0; m < M; m++)
+        for (int64_t m = 0; m < M; m++) {
             for (int64_t i = blocks.first * ROWS; i < blocks.last * ROWS; i += W) {
                 float* gate = mine.gate + m * s.inner + i;
                 const F g = load<F>(gate), limited = g < -80.0f ? F{} - 80.0f : g;
                 store(gate, g / (1 + exponential<W>(-limited)) * load<F>(mine.up + m * s.inner + i));
             }
+            const int64_t row = m * (s.inner / CHUNK);
+            to_integers(mine.gate, down, mine.inner_chunks,
+                        {row + blocks.first * ROWS / CHUNK, row + blocks.last * ROWS / CHUNK});
+        }
     }
 
     // What each token sees, the same in all blocks: those before it in its sequence have replaced what was in their
@@ -295,10 +304,17 @@ struct Thread {
         }
     }
 
+    // of each key head, and what it gives as integers
     template <class Of>
     INLINE void attention(const Layer& layer) const {
+        const int64_t per_row = s.H * s.Hd / CHUNK, per_head = per_row / s.KvH;
         share_out(ATTENTION, s.B * s.KvH, 1, [&](Range heads) ALWAYS_INLINE {
-            attend<Of>(s, layer, mine, heads.first / s.KvH, heads.first % s.KvH, thread);
+            const int64_t b = heads.first / s.KvH, head = heads.first % s.KvH;
+            attend<Of>(s, layer, mine, b, head, thread);
+            for (int64_t m = b * s.T; m < (b + 1) * s.T; m++) {
+                const int64_t first = m * per_row + head * per_head;
+                to_integers(mine.attended, layer.o, mine.chunks, {first, first + per_head});
+            }
         });
     }
 
@@ -329,21 +345,17 @@ struct Thread {
         meet();
         attention(layer);
         meet();
-        to_integers(mine.attended, layer.o);
-        meet();
-        multiply_and_add(O, layer.o, mine.h);
+        multiply_and_add(O, mine.chunks, layer.o, mine.h);
         meet();
         norm_to_integers(layer.norm2, layer.gate);
         meet();
-        share_out(GATE_UP, layer.gate, [&](Range blocks) ALWAYS_INLINE {
-            multiply(layer.gate, mine.gate, s.inner, blocks);
-            multiply(layer.up, mine.up, s.inner, blocks);
-            swiglu(blocks);
+        share_out(GATE_UP, layer.gate, CHUNK / ROWS, [&](Range blocks) ALWAYS_INLINE {
+            multiply(mine.chunks, layer.gate, mine.gate, s.inner, blocks);
+            multiply(mine.chunks, layer.up, mine.up, s.inner, blocks);
+            swiglu(layer.down, blocks);
         });
         meet();
-        to_integers(mine.gate, layer.down);
-        meet();
-        multiply_and_add(DOWN, layer.down, mine.h);
+        multiply_and_add(DOWN, mine.inner_chunks, layer.down, mine.h);
         meet();
     }
 
