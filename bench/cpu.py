@@ -1,7 +1,7 @@
 """A 7B in INT4 on the CPU: ours beside llama.cpp, in one run, in turn.
 
-    python bench/cpu.py --record --scratch DIR      # about 45 minutes and 15 GB of disk on 2 cores
-    python bench/cpu.py --record --scratch DIR --rest       # 4 minutes: what of a token's time is no INT4 matmul
+    python bench/cpu.py --record --scratch DIR      # about an hour and 15 GB of disk on 2 cores
+    python bench/cpu.py --record --scratch DIR --rest       # 5 minutes: what of a token's time is no INT4 matmul
 
 llama.cpp is built from the source archive that the package index carries with llama-cpp-python. Both models have
 Mistral-7B's shape and random weights; theirs is Q4_0 with a Q6_K head (4.5 bits a weight), ours groups of 32 (4.5 bits)

@@ -91,8 +91,9 @@ INLINE float inverse_of(float top, float most) { return most > 0x1p-100f && most
 
 constexpr int64_t size_of(Kind kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
 
-// Asks for the lines of COUNT numbers of a cache that are AHEAD of the at-th, unless they begin past the end. Between
-// the arithmetic, a few at a time: a core that has asked for as many lines as it can (12 or so) does nothing else.
+// Asks for the lines of COUNT numbers of a cache that are AHEAD of the at-th, unless they begin past the end; of less
+// than a line, for the same one again. Between the arithmetic, a few at a time: a core that has asked for as many lines
+// as it can (12 or so) does nothing else.
 template <Kind KIND, int COUNT>
 INLINE void fetch(const void* cache, int64_t at, int64_t end) {
     const int64_t bytes = at * size_of(KIND) + AHEAD;
@@ -441,6 +442,7 @@ INLINE typename Of::F mix(const float* scores, typename Of::F most, const void* 
         float weights[BLOCK * HEADS], room[BLOCK], undo[HEADS] = {};
         const float* scale = Of::KIND == INT8 ? scales_of(scales, first, seen, room) : nullptr;
         for (int k = 0; k < BLOCK; k += KEYS) {
+            // of bytes, the first 1,024 here already, or memory would have nothing to do meanwhile
             if (Of::KIND == INT8) fetch<INT8, KEYS * 32>(values, at + first * Hd + k * 32, at + seen * Hd);
             const F e = Of::rounded(exponential<W>(load<F>(scores + k * HEADS) - most));
             sums += e;

@@ -168,6 +168,7 @@ INLINE typename Lanes<W>::I widen(const int8_t* p) {
 // A number in all lanes. Of several, compilers make one vector, in memory, and load that: it waits for the stores.
 template <class V, class Number>
 INLINE V everywhere(const Number* number) {
+    static_assert(sizeof *number == 4, "one lane");
 #ifdef X86
     if constexpr (sizeof(V) > 16) {
         V all;

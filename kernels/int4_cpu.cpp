@@ -30,8 +30,8 @@
 // Some tokens, a tile, are multiplied with a weight's chunk together, and lie together: all that a product reads of
 // them is at fixed distances from one pointer, which goes on and on:
 //
-//   chunks [M / tile] [K / 32] [tile]       tile: 16, 4 or 2 by the registers that there are; what is left over of M
-//                                           is in tiles of half the size, a quarter, ...
+//   chunks [M / tile] [K / 32] [tile]       tile: 1, 2, 4 or 16, as many as there are registers for; what is left
+//                                           over of M is in tiles of half the size, a quarter, ...
 //
 // Every function but the product is written once, on vectors of W floats (cpu.h), and compiled for AVX-512 with VNNI
 // (W = 16), AVX2 with FMA (W = 8) and the base instruction set of any machine (W = 4, also on ARM). The caller says
@@ -45,11 +45,11 @@ namespace {
 constexpr int64_t K_PANEL = 256;    // dequantise: k per panel of 16 rows
 constexpr int64_t L2_BYTES = 1 << 20;   // activations that should stay in L2 while weights pass by
 // Words ahead that are asked for: into the first cache and, earlier, into the second. Intel's cores, which wait for a
-// dozen lines at a time, ask once for each, into both: a token in int8 takes 1.05 times as long else, and on AVX2, which
-// does not ask for the second cache where several tokens are multiplied, these take 1.7 times as long.
+// dozen lines at a time, ask once for each, into both. By NEAR and FAR a token in int8 takes 1.05 times as long there;
+// on AVX2, where several tokens have NEAR alone, those take 1.7 times as long.
 constexpr int NEAR = 1024, FAR = 4096, ONCE = 768;
 #ifdef X86
-const bool INTEL = __builtin_cpu_is("intel");
+const bool INTEL = (__builtin_cpu_init(), __builtin_cpu_is("intel"));
 #else
 constexpr bool INTEL = false;
 #endif
@@ -147,8 +147,8 @@ INLINE void prepare_chunks(const Prepare& job, int64_t first, int64_t last) {
     const int64_t per_row = job.K / CHUNK;
     while (first < last) {
         const int64_t m = first / per_row, row = m * per_row, end = std::min(last, row + per_row);
-        const auto [tile, size] = tile_of<TOKENS<W, BITS, PLANES>>(m, job.M);
-        auto* out = static_cast<Chunk<PLANES>*>(job.chunks) + tile * per_row + m - tile;
+        const auto [start, size] = tile_of<TOKENS<W, BITS, PLANES>>(m, job.M);
+        auto* out = static_cast<Chunk<PLANES>*>(job.chunks) + start * per_row + m - start;
         for (; first < end; first++) prepare_chunk<W>(job, first * CHUNK, BITS, out[(first - row) * size]);
     }
 }
@@ -297,7 +297,6 @@ INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (
     using I = typename Lanes<W>::I;
     const int64_t chunks = w.K / CHUNK, per_group = w.G / CHUNK, groups = w.K / w.G;
     const uint32_t* words = w.words + block * chunks * BITS * ROWS;
-    const bool intel = INTEL;
     F sum[T][P] = {};
     constexpr bool IN_MEMORY = W == 8 && T * P == 8;  // these sums and Products' own would take all registers
     for (int64_t g = 0; g < groups; g++) {
@@ -311,7 +310,7 @@ INLINE void tile(const Weight& w, int64_t block, const Chunk<PLANES>* x, float (
         }
         for (int64_t c = 0; c < per_group; c++, x += T, words += ROWS * BITS) {
             constexpr bool IDLE = W == 16 || T * PLANES == 1;  // else the arithmetic leaves no time for more
-            if (intel) {
+            if (INTEL) {
                 each<BITS>([&](int i) ALWAYS_INLINE { __builtin_prefetch(words + ONCE + i * ROWS, 0, 3); });
             } else {
                 each<BITS>([&](int i) ALWAYS_INLINE {
@@ -337,7 +336,7 @@ INLINE void tiles(const Matmul& job, int64_t block, int64_t first, int64_t last)
     for (; last - first >= T; first += T) {
         float y[T][ROWS];
         const auto* these = x + first * (job.weight.K / CHUNK);
-        if (W > 4 && !job.weight.zero)  // a test at each product costs AVX2 a tenth
+        if (W > 4 && !job.weight.zero)  // a test at each product costs up to a tenth
             tile<W, BITS, PLANES, T, (W > 4)>(job.weight, block, these, y);
         else
             tile<W, BITS, PLANES, T, false>(job.weight, block, these, y);

@@ -243,14 +243,12 @@ struct Thread {
         }
     }
 
-    // the same of w's rows, `together` blocks of them and more
+    // the same of w's blocks of rows, of which there are a multiple of `together`: as many at a time, or more
     template <class Take>
     INLINE void share_out(Queue queue, const Weight& w, int64_t together, Take take) const {
         const int64_t bytes = w.K * s.bits / 8 * ROWS * together, blocks = (w.N + ROWS - 1) / ROWS;
-        share_out(queue, (blocks + together - 1) / together, std::max<int64_t>(1, TAKE_BYTES / bytes),
-                  [&](Range some) ALWAYS_INLINE {
-                      take(Range{some.first * together, std::min(some.last * together, blocks)});
-                  });
+        share_out(queue, blocks / together, std::max<int64_t>(1, TAKE_BYTES / bytes),
+                  [&](Range some) ALWAYS_INLINE { take(Range{some.first * together, some.last * together}); });
     }
 
     // some rows of y = chunks @ w^T, into columns of a matrix `stride` wide
@@ -272,7 +270,7 @@ struct Thread {
         });
     }
 
-    // of some columns, and what `down` makes of it as integers: all widths are multiples of 32
+    // of some columns, and the integers of it that `down` reads; all widths are multiples of 32
     INLINE void swiglu(const Weight& down, Range blocks) const {
         using F = typename Lanes<W>::F;
         for (int64_t m = 0; m < M; m++) {

@@ -49,13 +49,13 @@ def _say(line: str) -> None:
 
 def fits(model: nn.Module) -> bool:
     """Whether the CPU's step computes this model: fp32, every linear of its blocks in the C++ kernel's INT4 or INT8,
-    with nothing attached to them."""
+    all of one scheme, with nothing attached to them."""
     linears = [block.get_submodule(name) for block in model.model.layers for name in LINEARS]
     # neither a bias nor an adapter: those are parameters
     if not all("codes" in x._buffers and x.kernel == "cpu" and not list(x.parameters()) for x in linears):
         return False
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
-    same = len({(x.bits, x.exact) for x in linears}) == 1
+    same = len({(x.bits, x.exact, x.symmetric) for x in linears}) == 1
     Hd = model.config.head_dim
     return same and not hooked and model.dtype == torch.float32 and Hd % 32 == 0 and Hd <= 1024
 

@@ -190,6 +190,9 @@ def test_what_fits():
     mixed = make()
     mixed.model.layers[1].mlp.up_proj.exact = False
     assert not fused.fits(mixed)
+    mixed = make()  # gate and up read the same integers, which know one zero-point
+    mixed.model.layers[1].mlp.up_proj = make(symmetric=False).model.layers[1].mlp.up_proj
+    assert not fused.fits(mixed)
     adapted = make()
     lora.attach(adapted, 4, 8)
     assert not fused.fits(adapted)

@@ -249,6 +249,14 @@ def test_a_token_does_not_depend_on_its_batch(compiled, bits, symmetric):
             assert torch.equal(compiled.matmul(x[:M], packed, exactly), y[:M])
 
 
+@pytest.mark.parametrize("exactly", [True, False])
+def test_tokens_that_do_not_stay_in_the_cache_together(compiled, exactly):
+    """The kernel takes as many at a time as fit in 1 MiB: here 26 or 46, in tiles, and a part of one at the end."""
+    packed, x = compiled.pack(*random_weight(16, 16384, 32, 4, True)), torch.randn(61, 16384)
+    alone = torch.cat([compiled.matmul(row, packed, exactly) for row in x.split(1)])
+    assert torch.equal(compiled.matmul(x, packed, exactly), alone)
+
+
 def test_the_gradient_holds_a_few_rows_of_the_weight_at_a_time(compiled, monkeypatch):
     weight = random_weight(70, 64, 32, 4, False)
     packed, grad, plain, held = compiled.pack(*weight), torch.randn(5, 70), compiled._dequantize_rows, []
