@@ -34,8 +34,7 @@ def parse():
     group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens already there are rarer")
     group.add_argument("--seed", type=cli.seed, help="of what is drawn (without it: another one every time, and told)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text")
-    group.add_argument("--activations", choices=["exact", "int8"], default="exact", help="--int4 on the CPU: how they "
-                       "are rounded, to 15 bits or to 8, which reads prompts 1.3 times as fast")  # fmt: skip
+    cli.activations_flag(group)
     group.add_argument("--kv-cache", choices=["auto", "int8"], default="auto", help="of what was read: bf16 with "
                        "--int4 on the CPU, else as the model; int8 halves it, with an error of about 5e-3")  # fmt: skip
     group.add_argument(
@@ -63,7 +62,7 @@ def main() -> None:
     if args.model is None:
         args.model = cli.default_model("dpo", "sft")
 
-    from minichat import converse, generation, int4
+    from minichat import converse, generation
 
     seed = secrets.randbits(32) if args.seed is None else args.seed
     sampling = generation.Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, seed)
@@ -78,10 +77,6 @@ def main() -> None:
     if hasattr(sys.stdout, "reconfigure"):  # an answer is not lost for a character that the output cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     model, tokenizer = cli.load(args, only_to_decode=True)
-    kernels = {module.kernel for module in model.modules() if isinstance(module, int4.Int4Linear)}
-    if args.activations == "int8" and "cpu" not in kernels:
-        raise BadInput("--activations int8 is of INT4 on the CPU, by its C++ kernel; leave it out, or add --int4")
-    int4.set_exact(model, args.activations == "exact")
     talk = converse.Talk(args, model, tokenizer, sampling)
     if prompts is None:
         talk.conversation()

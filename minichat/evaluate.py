@@ -182,7 +182,7 @@ def table(scores: dict[str, float], beside: str | None = None) -> str:
 
 def main() -> None:
     parser = cli.Parser(__doc__, prog="python -m minichat.evaluate")
-    cli.model_flags(parser, "without it: runs/dpo, else runs/sft, else the embedded base")
+    cli.activations_flag(cli.model_flags(parser, "without it: runs/dpo, else runs/sft, else the embedded base"))
     group = cli.chat_flags(parser)
     group.add_argument("--batch-size", type=int, default=64, help="questions or sequences at a time")
     group = parser.add_argument_group("questions")

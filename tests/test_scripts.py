@@ -25,11 +25,12 @@ from helpers import make
 from safetensors.torch import load_file, save_file
 
 import minichat
-from minichat import chat, cli, evaluate, examples, generation, lora, sources, store, training, weights
+from minichat import chat, cli, evaluate, examples, fused, generation, lora, sources, store, training, weights
 from minichat import files as locks
 from minichat.assets import sums
 from minichat.errors import BadInput
 from minichat.int4 import Scheme
+from minichat.kernels import cpu
 from minichat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -887,6 +888,19 @@ def test_stop_and_system_and_sampling(done, run, endless):
     assert answer not in drawn and json.loads(done(*common, "--temperature", 1, "--seed", seed))["answer"] == answer
 
 
+@pytest.mark.parametrize("script", ["infer.py", "evaluate"])
+def test_activations_of_8_bits_are_what_the_linears_take(done, base, files, script, monkeypatch):
+    if not cpu.available():
+        pytest.skip("no C++ compiler")
+    taken, matmul, given = set(), cpu.matmul, {"infer.py": ["--prompt", "1 + 2"], "evaluate": ["--data", files["test"]]}
+    monkeypatch.setattr(fused, "fits", lambda model: False)  # or no linear is called on its own
+    monkeypatch.setattr(cpu, "matmul", lambda x, w, exact=True: taken.add(exact) or matmul(x, w, exact))
+    for flags, exact in ((), True), (("--activations", "int8"), False):
+        taken.clear()
+        done(script, "--model", base, "--int4", "--max-new-tokens", 2, *given[script], *flags)
+        assert taken == {exact}
+
+
 def test_evaluate_is_the_answers_score(done, base, files):
     wanted = [json.loads(line) for line in files["test"].read_text().splitlines()]
     common = ("--model", base, "--max-new-tokens", 8)
@@ -1016,6 +1030,8 @@ def error_of(result) -> str:
         ("dpo.py", ["--data", "{sft}"], ["sft.jsonl:1", "chosen"]),
         ("evaluate", ["--model", ""], ["--model"]),
         ("evaluate", ["--batch-size", "0"], ["--batch-size", "0"]),
+        ("evaluate", ["--activations", "int8"], ["--activations int8", "--int4"]),
+        ("infer.py", ["--activations", "int8"], ["--activations int8", "--int4"]),
         ("evaluate", ["--data", "{sft}"], ["sft.jsonl:1", "question"]),
         ("evaluate", ["--data", "empty.jsonl"], ["empty.jsonl"]),
     ],
