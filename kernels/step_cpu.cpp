@@ -270,8 +270,8 @@ struct Thread {
         });
     }
 
-    // of some columns, and the integers of it that `down` reads; all widths are multiples of 32
-    INLINE void swiglu(const Weight& down, Range blocks) const {
+    // of some columns, for `down`; all widths are multiples of 32
+    INLINE void swiglu_to_integers(const Weight& down, Range blocks) const {
         using F = typename Lanes<W>::F;
         for (int64_t m = 0; m < M; m++) {
             for (int64_t i = blocks.first * ROWS; i < blocks.last * ROWS; i += W) {
@@ -350,7 +350,7 @@ struct Thread {
         share_out(GATE_UP, layer.gate, CHUNK / ROWS, [&](Range blocks) ALWAYS_INLINE {
             multiply(mine.chunks, layer.gate, mine.gate, s.inner, blocks);
             multiply(mine.chunks, layer.up, mine.up, s.inner, blocks);
-            swiglu(layer.down, blocks);
+            swiglu_to_integers(layer.down, blocks);
         });
         meet();
         multiply_and_add(DOWN, mine.inner_chunks, layer.down, mine.h);
