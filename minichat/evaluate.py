@@ -102,7 +102,7 @@ def _scored(model, items: Sequence, batch_size: int, batch_of: Callable, answers
             indices = [i for row in rows for i in row]
             batch = batch_of([[items[i]] for i in indices], device.padding(where))
             tensors = training.on(where, batch.tensors)
-            hidden = training.hidden_states(model, tensors).flatten(0, 1).index_select(0, tensors["index"])
+            hidden = training.hidden_states(model, tensors)
             each, first = [], []
             for part, labels in zip(hidden.split(losses.ROWS), tensors["labels"].split(losses.ROWS)):
                 logits = model.lm_head(part).float()

@@ -13,14 +13,13 @@ KINDS = ("sigmoid", "ipo", "hinge", "robust")
 ROWS = 256  # targets whose logits exist at a time
 
 
-def target_logps(hidden: Tensor, head: Callable[[Tensor], Tensor], index: Tensor, labels: Tensor) -> Tensor:
+def target_logps(rows: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
     """Log-probability of each target token in nats, (N,) float32.
 
-    hidden: (B, T, D) from the decoder. index: (N,) int64, the flat position b * T + t that predicts labels[n], so the
-    one shift between inputs and targets is made where the batch is. head: hidden rows (n, D) -> logits (n, V).
-    Positions that carry no loss have no logits; those that do have them ROWS at a time, so that no (N, V) tensor lives.
+    rows: (N, D), the decoder's output at the position that predicts labels[n], so the one shift between inputs and
+    targets is made where the batch is. head: rows (n, D) -> logits (n, V). They are computed ROWS at a time, so that no
+    (N, V) tensor lives.
     """
-    rows = hidden.flatten(0, 1).index_select(0, index)
     if isinstance(head, nn.Module) and not any(p.requires_grad for p in head.parameters()):
         return _Logps.apply(rows, head, labels)
 

@@ -174,13 +174,14 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, scale, weight = ctx.saved_tensors
-        normed = x.float() * scale
+        x32 = x.float()
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dn = (grad * weight).float()
-            dx = (scale * (dn - normed * (dn * normed).mean(-1, keepdim=True))).to(x.dtype)
+            slope = scale.square() * (dn * x32).mean(-1, keepdim=True)
+            dx = torch.addcmul(dn, x32, slope, value=-1).mul_(scale).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dw = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0)
+            dw = (grad * (x32 * scale).to(x.dtype)).flatten(0, -2).sum(0)
         return dx, dw, None
 
 
@@ -208,8 +209,8 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # (B, KvH, S, Hd)
         return attention(q, k, v, view).transpose(1, 2)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
-        return self.o_proj(self.mix(*self.heads(x, cos, sin), view, cache).flatten(2))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache, wanted: Tensor | None) -> Tensor:
+        return self.o_proj(_only(wanted, self.mix(*self.heads(x, cos, sin), view, cache).flatten(2)))
 
 
 class MLP(nn.Module):
@@ -232,13 +233,13 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class Block(nn.Module):
@@ -251,18 +252,20 @@ class Block(nn.Module):
 
         self.again = ""  # what backward computes again, so that forward need not keep it: a name of AGAIN
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
-        x = _kept(self._attention, x, cos, sin, view, cache, again=self.again == "attention")
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache, wanted: Tensor | None) -> Tensor:
+        """wanted: as Decoder.forward's, if this is the last block."""
+        x = _kept(self._attention, x, cos, sin, view, cache, wanted, again=self.again == "attention")
         return _kept(self._mlp, x, again=self.again == "mlp")
 
-    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
-        return x + self.self_attn(self.input_layernorm(x), cos, sin, view, cache)
+    def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache, wanted) -> Tensor:
+        return _only(wanted, x) + self.self_attn(self.input_layernorm(x), cos, sin, view, cache, wanted)
 
-    def _in_parts(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache) -> Tensor:
+    def _in_parts(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache, wanted) -> Tensor:
         """_attention, in parts that can be compiled and one that cannot."""
         y = self.self_attn.mix(*self._before(x, cos, sin), view, cache).contiguous()
         # what is compiled asks of a view what it is a view of, which differs from row to row: this is none
-        return self._after(x, torch.ops.aten._unsafe_view(y, (*y.shape[:2], -1)))
+        y = torch.ops.aten._unsafe_view(y, (*y.shape[:2], -1))
+        return self._after(_only(wanted, x), _only(wanted, y))
 
     def _before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.heads(self.input_layernorm(x), cos, sin)
@@ -272,6 +275,11 @@ class Block(nn.Module):
 
     def _mlp(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def _only(wanted: Tensor | None, x: Tensor) -> Tensor:
+    """(B, T, D) -> (1, N, D), the rows at the flat positions `wanted`, (N,); None is all of x."""
+    return x if wanted is None else x.flatten(0, 1)[None].index_select(1, wanted)
 
 
 def _kept(function, *args, again: bool) -> Tensor:
@@ -318,6 +326,7 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         cache=None,
         documents: list[tuple[int, ...]] | Tensor | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """(B, T) ids -> (B, T, D), after the last norm.
 
@@ -325,7 +334,8 @@ class Decoder(nn.Module):
         (padding on the right does no harm: no token sees what follows it). cache: a KVCache that these tokens continue.
         documents: of packed rows, whose documents do not see each other: the lengths of those in the only row, whose
         positions follow (attention.Documents); or, where shapes have to be static, (B, T) the number of each token's
-        (attention.FORKS), with positions.
+        (attention.FORKS), with positions. wanted: (N,) int64, flat positions b * T + t: the result is (N, D), theirs,
+        and the last block computes for the others what attention takes of them alone.
         """
         config, window = self.config, self.config.sliding_window
         implicit = positions is None
@@ -349,9 +359,13 @@ class Decoder(nn.Module):
             view = View(positions, positions, window, ordered, consecutive=implicit, doc=documents)
         x = self.embed_tokens(ids).to(self.norm.weight.dtype)  # the table may be held in half of it
         cos, sin = rotary(positions, config.head_dim, config.rope_theta, x.dtype)
-        for block in self.layers:
-            x = _kept(block, x, cos, sin, view, cache, again=block.again == "block")
-        return self.norm(x)
+        # not a single one: torch compiles a size of 1 as a constant
+        fewer = wanted is not None and 1 < len(wanted) < ids.numel()
+        for i, block in enumerate(self.layers):
+            only = wanted if fewer and i == len(self.layers) - 1 else None
+            x = _kept(block, x, cos, sin, view, cache, only, again=block.again == "block")
+        x = self.norm(x)
+        return x if wanted is None else x[0] if fewer else x.flatten(0, 1).index_select(0, wanted)
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -61,8 +61,7 @@ def sft() -> Method:
     """Cross-entropy over target tokens: the mean over all of an optimiser step's, however the step is split."""
 
     def objective(model, tensors):
-        hidden = hidden_states(model, tensors)
-        logps = losses.target_logps(hidden, model.lm_head, tensors["index"], tensors["labels"])
+        logps = losses.target_logps(hidden_states(model, tensors), model.lm_head, tensors["labels"])
         return {"loss": -(logps * tensors["weights"]).sum()}
 
     def summary(means):
@@ -72,8 +71,9 @@ def sft() -> Method:
 
 
 def hidden_states(model: nn.Module, tensors: dict) -> Tensor:
-    """The decoder's output for a batch's rows, (B, T, D)."""
-    return model.model(tensors["ids"], tensors.get("positions"), documents=tensors.get("documents"))
+    """The decoder's output where a batch's targets are predicted, (N, D)."""
+    rows = {"documents": tensors.get("documents"), "wanted": tensors["index"]}
+    return model.model(tensors["ids"], tensors.get("positions"), **rows)
 
 
 def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, reference_free: bool = False) -> Method:
@@ -85,7 +85,7 @@ def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, 
     def logps(model, tensors):
         count = 2 * len(tensors["pairs"])
         hidden = hidden_states(model, tensors)
-        each = losses.target_logps(hidden, model.lm_head, tensors["index"], tensors["labels"]) * tensors["weights"]
+        each = losses.target_logps(hidden, model.lm_head, tensors["labels"]) * tensors["weights"]
         sums = losses.row_sums(each, tensors["document"], count)
         if kind == "ipo":  # the mean over the answer's tokens, not their sum
             sums = sums / losses.row_sums(tensors["weights"], tensors["document"], count).clamp_min(1)

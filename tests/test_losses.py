@@ -25,12 +25,16 @@ def batch(N=11, B=3, T=7, D=5, V=13, seed=0):
     return hidden, head, index, labels
 
 
+def rows_at(hidden, index):
+    return hidden.flatten(0, 1).index_select(0, index)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 10, 11, 12, 1024])
 def test_target_logps_are_the_full_log_softmax_and_so_are_their_gradients(monkeypatch, rows):
     monkeypatch.setattr(losses, "ROWS", rows)
     hidden, head, index, labels = batch()
     weights = torch.randn(len(index))
-    found = target_logps(hidden, lambda x: x @ head.T, index, labels)
+    found = target_logps(rows_at(hidden, index), lambda x: x @ head.T, labels)
     grads = torch.autograd.grad((found * weights).sum(), (hidden, head))
     full = torch.log_softmax((hidden @ head.T).flatten(0, 1).double(), dim=-1)[index, labels]
     expected = torch.autograd.grad((full * weights).sum(), (hidden, head))
@@ -38,7 +42,7 @@ def test_target_logps_are_the_full_log_softmax_and_so_are_their_gradients(monkey
     torch.testing.assert_close(found, full.float())
     torch.testing.assert_close(grads, expected)
     with torch.no_grad():
-        assert torch.equal(target_logps(hidden, lambda x: x @ head.T, index, labels), found)
+        assert torch.equal(target_logps(rows_at(hidden, index), lambda x: x @ head.T, labels), found)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 10, 11, 12, 1024])
@@ -52,7 +56,7 @@ def test_a_frozen_heads_gradient_is_that_of_the_full_log_softmax(monkeypatch, ro
     head.weight.copy_(weight.detach())
     weights, seen = torch.randn(len(index)), []
     head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    found = target_logps(hidden, head, index, labels)
+    found = target_logps(rows_at(hidden, index), head, labels)
     (grad,) = torch.autograd.grad((found * weights).sum(), hidden)
     assert sum(seen) == len(index)
     exact = hidden.detach().double().requires_grad_()
@@ -61,13 +65,13 @@ def test_a_frozen_heads_gradient_is_that_of_the_full_log_softmax(monkeypatch, ro
     torch.testing.assert_close(found.double(), full, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(grad.double(), expected, rtol=tolerance, atol=tolerance)
     with torch.no_grad():
-        assert torch.equal(target_logps(hidden, head, index, labels), found)  # DPO's reference
+        assert torch.equal(target_logps(rows_at(hidden, index), head, labels), found)  # DPO's reference
 
 
 def test_target_logps_of_no_target():
     hidden, head, _, _ = batch()
     none = torch.empty(0, dtype=torch.int64)
-    found = target_logps(hidden, lambda x: x @ head.T, none, none)
+    found = target_logps(rows_at(hidden, none), lambda x: x @ head.T, none)
     assert found.shape == (0,)
     found.sum().backward()
     assert not hidden.grad.any()
@@ -75,7 +79,7 @@ def test_target_logps_of_no_target():
 
 def test_target_logps_are_float32_from_a_bf16_model():
     hidden, head, index, labels = batch()
-    found = target_logps(hidden.bfloat16(), lambda x: x @ head.bfloat16().T, index, labels)
+    found = target_logps(rows_at(hidden.bfloat16(), index), lambda x: x @ head.bfloat16().T, labels)
     logits = (hidden.bfloat16() @ head.bfloat16().T).float().flatten(0, 1)
     torch.testing.assert_close(found, torch.log_softmax(logits, dim=-1)[index, labels], rtol=0, atol=1e-5)
     assert found.dtype == torch.float32 and len(found.unique()) == len(found)
@@ -116,14 +120,14 @@ def test_no_logits_of_all_targets_live(monkeypatch):
 
     frozen = torch.nn.Linear(4, V, bias=False).requires_grad_(False)
     assert peak(naive) >= N * V * 4
-    assert peak(lambda: target_logps(hidden, lambda x: x @ head.T, index, labels)) <= 6 * 8 * V * 4
-    assert peak(lambda: target_logps(hidden, frozen, index, labels)) <= 2.1 * 8 * V * 4
+    assert peak(lambda: target_logps(rows_at(hidden, index), lambda x: x @ head.T, labels)) <= 6 * 8 * V * 4
+    assert peak(lambda: target_logps(rows_at(hidden, index), frozen, labels)) <= 2.1 * 8 * V * 4
 
 
 def test_positions_without_loss_have_no_logits():
     hidden, head, index, labels = batch(N=4, B=3, T=50)
     seen = []
-    target_logps(hidden, lambda x: seen.append(x.shape) or x @ head.T, index, labels)
+    target_logps(rows_at(hidden, index), lambda x: seen.append(x.shape) or x @ head.T, labels)
     assert seen == [(4, 5)]
 
 
@@ -143,7 +147,7 @@ def test_a_head_with_dropout_is_computed_again_with_the_same_dropout(monkeypatch
         parts = [model.lm_head(rows) for rows in hidden.flatten(0, 1)[index].split(4)]
         return torch.log_softmax(torch.cat(parts), dim=-1)[torch.arange(10), labels]
 
-    torch.testing.assert_close(grads(lambda: target_logps(hidden, model.lm_head, index, labels)), grads(plain))
+    torch.testing.assert_close(grads(lambda: target_logps(rows_at(hidden, index), model.lm_head, labels)), grads(plain))
 
 
 def test_row_sums():

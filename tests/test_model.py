@@ -254,6 +254,45 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert block < both < attention < everything and block < mlp < everything and block < second < everything
 
 
+@pytest.mark.parametrize("again", ["", "attention", "mlp", "block"])
+@pytest.mark.parametrize("layout", ["rows", "a pair in one row", "rows of documents"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_wanted_positions_are_those_of_the_whole_output(layout, again, compiled):
+    """Values and every gradient, whatever is asked for twice; and the last block's MLP computes no other row."""
+    where = {}
+    if layout == "a pair in one row":
+        where = {"documents": [(5, 3, 4), (8,)]}
+    if layout == "rows of documents":
+        documents = torch.tensor([[0] * 6 + [4] * 4, [0] * 10])
+        where = {"documents": documents, "positions": torch.tensor([[*range(6), *range(4)], [*range(10)]])}
+    model = make().train()
+    model.model.compute_again(again)
+    if compiled:
+        model.model.compile_blocks(lambda part: part)
+    ids = torch.randint(0, 97, (1, 20) if layout == "a pair in one row" else (2, 10))
+    wanted, seen = torch.tensor([4, 17, 4, 9, 0, 12]), []
+    model.model.layers[-1].mlp.gate_proj.register_forward_hook(lambda _, __, y: seen.append(y.shape[:-1].numel()))
+
+    def run(rows):
+        grads = torch.autograd.grad(
+            (rows * torch.linspace(-1, 2, 6 * 48).view(6, 48)).sum(), [*model.model.parameters()]
+        )
+        return rows, *grads
+
+    found = run(model.model(ids, wanted=wanted, **where))
+    assert set(seen) == {6}
+    expected = run(model.model(ids, **where).flatten(0, 1)[wanted])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one / other.abs().max(), other / other.abs().max(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [[], [7], [3] * 12, [*range(12)], [5] * 20])
+@torch.no_grad()
+def test_as_many_positions_as_there_are_may_be_wanted_or_one_or_none(wanted):
+    model, ids, wanted = make(), torch.arange(12).view(2, 6), torch.tensor(wanted, dtype=torch.int64)
+    assert torch.equal(model.model(ids, wanted=wanted), model.model(ids).flatten(0, 1)[wanted])
+
+
 @torch.no_grad()
 def test_rope_keeps_far_positions_apart_in_bf16():
     model = make(sliding_window=None).to(torch.bfloat16)

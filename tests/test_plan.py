@@ -107,7 +107,8 @@ def test_adapters_beside_int4_are_counted():
 
 
 def test_frozen_linears_have_no_weight_gradient():
-    """Forward and backward of LoRA, by the formula: 4 per weight and token, not 6; a head for targets alone."""
+    """Forward and backward of LoRA, by the formula: 4 per weight and token, not 6; a head, and what follows the last
+    block's attention, for targets alone."""
     config = Config(97, 64, 96, 3, 4, 2, 16, None, 4096)
     batch = data.sft_batch([[Example(DRAW(100), [0] * 90 + [1] * 10)]], None)
     r, T, targets = 4, 100, 10
@@ -120,7 +121,10 @@ def test_frozen_linears_have_no_weight_gradient():
     expected = 3 * (4 * T * base + 6 * T * adapter + attention) + 2 * 2 * targets * 64 * 97
     # the embedding has no gradient: nothing goes below the first block's linears
     first = 2 * T * sum(K * N + K * r for K, N in (linears[n] for n in "qkv"))
-    assert found.flops == expected - first
+    last = sum(
+        (T - targets) * (4 * K * N + 6 * r * (K + N)) for K, N in (linears[n] for n in ("o", "gate", "up", "down"))
+    )
+    assert found.flops == expected - first - last
 
 
 def test_choose_computes_no_more_again_than_it_has_to():
