@@ -109,7 +109,7 @@ def seven_b(quantise: bool = False, adapt: bool = False):
     if adapt:
         lora.freeze(model)
         lora.attach(model, 16, 16)
-        model.model.gradient_checkpointing = True
+        model.model.compute_again("block")
     return model
 
 

@@ -8,7 +8,8 @@ The model on the CPU is of Mistral's proportions, in fp32, with LoRA of rank 16 
 transformers' Trainer with peft (padded to the longest of a batch, grouped by length), DPO against trl's DPOTrainer as
 its documentation runs it, but in fp32. Lengths are drawn like those of SlimOrca and orca_dpo_pairs, whose files have
 1,900 and 2,800 bytes a record. First both sides take 20 steps with the same batches, and their losses are compared;
-then each measurement is an epoch in a process of its own, and rounds alternate.
+then each measurement is an epoch in a process of its own, and rounds alternate. Both take the same examples; the peer's
+SFT batches are grouped as transformers' sampler groups a large data set: 50 batches at a time are sorted by length.
 """
 
 import argparse
@@ -36,6 +37,7 @@ LONGEST = 1024
 RANK, ALPHA, LR, EPS = 16, 32, 1e-4, 1e-8
 BATCH = {"sft": 4, "dpo": 2}  # sequences, or pairs, of a step
 CHECKED = 20  # steps whose losses are compared
+SORTED = 50  # batches that transformers' sampler sorts at a time
 
 
 # ---- data ----
@@ -65,6 +67,17 @@ def records(what: str, count: int, longest: int = LONGEST, prompts: int = LONGES
             prompt = min(prompt, prompts)
             room = longest - prompt
             found.append(Pair(draw(prompt), draw(min(chosen, room)), draw(min(rejected, room))))
+    return found
+
+
+def grouped(count: int) -> list:
+    """SFT's examples: of each SORTED batches, sorted, one, from short to long ones."""
+    size = BATCH["sft"]
+    every, steps = SORTED * size, count // size
+    pool, found = records("sft", steps * every), []
+    for step in range(steps):
+        at = (2 * step + 1) * SORTED // (2 * steps) * size
+        found += sorted(pool[step * every : (step + 1) * every], key=len)[at : at + size]
     return found
 
 
@@ -175,11 +188,11 @@ def work(what: str, who: str, folder: Path, steps: int, check: bool) -> dict:
     from minichat import data, device, training
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
-    items = records(what, steps * BATCH[what])
+    items = grouped(steps * BATCH["sft"]) if what == "sft" and not check else records(what, steps * BATCH[what])
     if who == "ours":
         found = ours(what, folder, items, steps)
     else:
-        strategy = "sequential" if check else "group_by_length" if what == "sft" else "random"
+        strategy = "sequential" if check or what == "sft" else "random"
         if check:
             planned = training.order(data.Mix([items]), training.Settings(batch_size=BATCH[what]), 0)
             items = [items[i] for step in planned for batch in step for row in batch for i in row]

@@ -334,8 +334,8 @@ class Decoder(nn.Module):
         (padding on the right does no harm: no token sees what follows it). cache: a KVCache that these tokens continue.
         documents: of packed rows, whose documents do not see each other: the lengths of those in the only row, whose
         positions follow (attention.Documents); or, where shapes have to be static, (B, T) the number of each token's
-        (attention.FORKS), with positions. wanted: (N,) int64, flat positions b * T + t: the result is (N, D), theirs,
-        and the last block computes for the others what attention takes of them alone.
+        (attention.FORKS), with positions. wanted: (N,) int64, flat positions b * T + t: the result is (N, D), theirs.
+        Where they are fewer, the last block's o_proj and MLP compute no others, and it gives (1, N, D).
         """
         config, window = self.config, self.config.sliding_window
         implicit = positions is None
@@ -359,7 +359,7 @@ class Decoder(nn.Module):
             view = View(positions, positions, window, ordered, consecutive=implicit, doc=documents)
         x = self.embed_tokens(ids).to(self.norm.weight.dtype)  # the table may be held in half of it
         cos, sin = rotary(positions, config.head_dim, config.rope_theta, x.dtype)
-        # not a single one: torch compiles a size of 1 as a constant
+        # a size of 1 torch compiles as a constant; as many as there are come where shapes have to stay
         fewer = wanted is not None and 1 < len(wanted) < ids.numel()
         for i, block in enumerate(self.layers):
             only = wanted if fewer and i == len(self.layers) - 1 else None

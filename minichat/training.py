@@ -72,8 +72,8 @@ def sft() -> Method:
 
 def hidden_states(model: nn.Module, tensors: dict) -> Tensor:
     """The decoder's output where a batch's targets are predicted, (N, D)."""
-    rows = {"documents": tensors.get("documents"), "wanted": tensors["index"]}
-    return model.model(tensors["ids"], tensors.get("positions"), **rows)
+    positions, documents = tensors.get("positions"), tensors.get("documents")
+    return model.model(tensors["ids"], positions, documents=documents, wanted=tensors["index"])
 
 
 def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, reference_free: bool = False) -> Method:
@@ -307,7 +307,7 @@ def seen(items: data.Mix, settings: Settings) -> set[int]:
 
 
 def largest(items: data.Mix, settings: Settings, method: Method, where: torch.device) -> data.Batch:
-    """The micro-batch of the first epoch that has the most tokens."""
+    """The micro-batch of the first epoch that has the most tokens; one with more targets may hold a little more."""
     known = items.lengths()
     batches = (rows for step in order(items, settings, 0) for rows in step)
     rows = max(batches, key=lambda rows: sum(known[i] for row in rows for i in row))

@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minichat import data, lora, losses, training
-from minichat.examples import Pair
+from minichat.examples import Example, Pair
 from minichat.losses import dpo_loss, target_logps
 
 # ---- log-probabilities ----
@@ -124,11 +124,15 @@ def test_no_logits_of_all_targets_live(monkeypatch):
     assert peak(lambda: target_logps(rows_at(hidden, index), frozen, labels)) <= 2.1 * 8 * V * 4
 
 
-def test_positions_without_loss_have_no_logits():
-    hidden, head, index, labels = batch(N=4, B=3, T=50)
-    seen = []
-    target_logps(rows_at(hidden, index), lambda x: seen.append(x.shape) or x @ head.T, labels)
-    assert seen == [(4, 5)]
+@pytest.mark.parametrize("pad_to", [None, lambda n: 64])
+def test_positions_without_loss_have_no_logits(pad_to):
+    """Without padding; with it, as many as there are tokens, whatever the targets."""
+    model, seen = make(), []
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(len(logits)))
+    examples = [Example([*range(40)], [0] * 36 + [1] * 4), Example([*range(30)], [0] * 20 + [1] * 10)]
+    tensors = data.sft_batch([[e] for e in examples], pad_to).tensors
+    training.sft().objective(model, tensors)
+    assert sum(seen) == (14 if pad_to is None else 2 * 64)
 
 
 def test_a_head_with_dropout_is_computed_again_with_the_same_dropout(monkeypatch):

@@ -70,6 +70,20 @@ def test_rms_norm_rounds_as_transformers():
         assert torch.equal(ours(x), other(x))
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("size", [1e-3, 1, 100])
+def test_rms_norms_gradients_are_those_of_its_formula(dtype, tolerance, size):
+    """By autograd in float64, of the input and the weight: relative L2."""
+    norm = RMSNorm(48, 1e-5).to(dtype)
+    norm.weight.data.normal_()
+    x, slope = (torch.randn(2, 25, 48) * size).to(dtype).requires_grad_(), torch.randn(2, 25, 48).to(dtype)
+    found = torch.autograd.grad(norm(x), (x, norm.weight), slope)
+    x64, weight = (t.detach().double().requires_grad_() for t in (x, norm.weight))
+    exact = weight * x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + 1e-5)
+    for one, other in zip(found, torch.autograd.grad(exact, (x64, weight), slope.double())):
+        assert one.dtype == dtype and (one - other).norm() <= tolerance * other.norm()
+
+
 @pytest.mark.parametrize("T, window", [(21, 8), (131, 20), (131, 50)])
 def test_loss_and_gradients_are_transformers(T, window, monkeypatch):
     """Also of several blocks of queries, longer and shorter than the window."""
@@ -256,8 +270,8 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 @pytest.mark.parametrize("again", ["", "attention", "mlp", "block"])
 @pytest.mark.parametrize("layout", ["rows", "a pair in one row", "rows of documents"])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_wanted_positions_are_those_of_the_whole_output(layout, again, compiled):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_wanted_positions_are_those_of_the_whole_output(layout, again, in_parts):
     """Values and every gradient, whatever is asked for twice; and the last block's MLP computes no other row."""
     where = {}
     if layout == "a pair in one row":
@@ -267,7 +281,7 @@ def test_wanted_positions_are_those_of_the_whole_output(layout, again, compiled)
         where = {"documents": documents, "positions": torch.tensor([[*range(6), *range(4)], [*range(10)]])}
     model = make().train()
     model.model.compute_again(again)
-    if compiled:
+    if in_parts:
         model.model.compile_blocks(lambda part: part)
     ids = torch.randint(0, 97, (1, 20) if layout == "a pair in one row" else (2, 10))
     wanted, seen = torch.tensor([4, 17, 4, 9, 0, 12]), []
