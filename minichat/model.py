@@ -335,7 +335,7 @@ class Decoder(nn.Module):
         documents: of packed rows, whose documents do not see each other: the lengths of those in the only row, whose
         positions follow (attention.Documents); or, where shapes have to be static, (B, T) the number of each token's
         (attention.FORKS), with positions. wanted: (N,) int64, flat positions b * T + t: the result is (N, D), theirs.
-        Where they are fewer, the last block's o_proj and MLP compute no others, and it gives (1, N, D).
+        Where they are fewer than all, the last block's o_proj and MLP compute no others: hooks there see (1, N, D).
         """
         config, window = self.config, self.config.sliding_window
         implicit = positions is None
