@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import make, theirs
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -204,6 +205,32 @@ def test_dropout_is_for_training_only():
     assert torch.equal(model(IDS), model(IDS))
     model.train()
     assert not torch.equal(model(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", ["frozen", "bias", "trains", "quantised"])
+def test_gradients_are_those_of_the_formula_over_any_linear(kind, dropout):
+    """In float64, by what autograd makes of the formula; of a base that somebody lets train, too."""
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 10, bias=kind == "bias").double()
+    model = nn.Sequential(Quantised(linear) if kind == "quantised" else linear)
+    lora.attach(model, r=3, alpha=6, dropout=dropout, targets=["0"])
+    A, B = (pair.weight.data.double().normal_() for pair in (model[0].lora_A, model[0].lora_B))
+    model[0].lora_A.weight, model[0].lora_B.weight = nn.Parameter(A), nn.Parameter(B)
+    linear.weight.requires_grad_(kind == "trains")
+    x = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
+    learning = [x, *(w for w in model.parameters() if w.requires_grad)]
+    direction = torch.randn(2, 5, 10, dtype=torch.float64)
+    torch.manual_seed(1)
+    y = model.train()(x)
+    grads = torch.autograd.grad(y, learning, direction)
+    torch.manual_seed(1)
+    A, B = model[0].lora_A.weight, model[0].lora_B.weight
+    formula = F.linear(x, linear.weight, linear.bias) + 2 * F.dropout(x, dropout) @ A.T @ B.T
+    torch.testing.assert_close(y, formula)
+    for found, expected in zip(grads, torch.autograd.grad(formula, learning, direction), strict=True):
+        torch.testing.assert_close(found, expected)
+        assert found.is_contiguous()
 
 
 @torch.no_grad()
