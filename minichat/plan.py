@@ -23,7 +23,7 @@ from minichat.model import Config, Mistral, without_weights
 
 GIB = 1 << 30
 aten = torch.ops.aten
-PRODUCTS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}  # FLOP of each operation
+FLOPS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}  # of an operation
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -205,8 +205,8 @@ class Live(TorchDispatchMode):
         kind = function._overloadpacket
         if kind in ATTENTION:
             self.flops += _attention_flops(*args)
-        elif kind in PRODUCTS:
-            self.flops += PRODUCTS[kind](*args, **(kwargs or {}), out_val=out)
+        elif kind in FLOPS:
+            self.flops += FLOPS[kind](*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 self._see(tensor)

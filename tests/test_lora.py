@@ -207,30 +207,74 @@ def test_dropout_is_for_training_only():
     assert not torch.equal(model(IDS), model(IDS))
 
 
+class Doubled(nn.Linear):
+    """A linear with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("kind", ["frozen", "bias", "trains", "quantised"])
+@pytest.mark.parametrize("kind", ["frozen", "bias", "trains", "quantised", "doubled", "over another"])
 def test_gradients_are_those_of_the_formula_over_any_linear(kind, dropout):
     """In float64, by what autograd makes of the formula; of a base that somebody lets train, too."""
     torch.manual_seed(0)
-    linear = nn.Linear(24, 10, bias=kind == "bias").double()
+    linear = (Doubled if kind == "doubled" else nn.Linear)(24, 10, bias=kind == "bias").double()
     model = nn.Sequential(Quantised(linear) if kind == "quantised" else linear)
-    lora.attach(model, r=3, alpha=6, dropout=dropout, targets=["0"])
-    A, B = (pair.weight.data.double().normal_() for pair in (model[0].lora_A, model[0].lora_B))
-    model[0].lora_A.weight, model[0].lora_B.weight = nn.Parameter(A), nn.Parameter(B)
+
+    def attach():
+        lora.attach(model, r=3, alpha=6, dropout=dropout, targets=["0"])
+        pair = model[0].lora_A, model[0].lora_B
+        for side in pair:
+            side.weight = nn.Parameter(torch.randn(side.weight.shape, dtype=torch.float64))
+        return [side.weight for side in pair]
+
+    under = attach() if kind == "over another" else None
+    if under:
+        lora.freeze(model)
+    A, B = attach()
     linear.weight.requires_grad_(kind == "trains")
-    x = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, 2, 24, dtype=torch.float64, requires_grad=True)
     learning = [x, *(w for w in model.parameters() if w.requires_grad)]
-    direction = torch.randn(2, 5, 10, dtype=torch.float64)
-    torch.manual_seed(1)
-    y = model.train()(x)
-    grads = torch.autograd.grad(y, learning, direction)
-    torch.manual_seed(1)
-    A, B = model[0].lora_A.weight, model[0].lora_B.weight
-    formula = F.linear(x, linear.weight, linear.bias) + 2 * F.dropout(x, dropout) @ A.T @ B.T
-    torch.testing.assert_close(y, formula)
-    for found, expected in zip(grads, torch.autograd.grad(formula, learning, direction), strict=True):
-        torch.testing.assert_close(found, expected)
-        assert found.is_contiguous()
+
+    def formula(x):
+        y = F.linear(x, linear.weight, linear.bias) * (2 if kind == "doubled" else 1)
+        y = y + 2 * F.dropout(x, dropout) @ A.T @ B.T
+        return y + 2 * x @ under[0].detach().T @ under[1].detach().T if under else y
+
+    model.train()
+    for shape in (lambda x: x, lambda x: x.transpose(0, 1), lambda x: x[:, 0]):
+        torch.manual_seed(1)
+        y = model(shape(x))
+        assert (y.grad_fn.next_functions[0][0] is None) == (kind == "frozen")  # no node of the linear's own
+        torch.manual_seed(1)
+        expected = formula(shape(x))
+        torch.testing.assert_close(y, expected)
+        strided = torch.randn(y.shape[::-1], dtype=torch.float64).permute(*reversed(range(y.dim())))
+        for direction in (torch.randn(y.shape, dtype=torch.float64), strided):
+            both = [torch.autograd.grad(z, learning, direction, retain_graph=True) for z in (y, expected)]
+            for found, right in zip(*both, strict=True):
+                torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_over_a_bf16_linear_gradients_are_float32s_to_its_rounding(dropout):
+    torch.manual_seed(0)
+    exact, rounded = nn.Sequential(nn.Linear(64, 48, bias=False)), nn.Sequential(nn.Linear(64, 48, bias=False))
+    rounded[0].weight.data = exact[0].weight.data.bfloat16()
+    exact[0].weight.data = rounded[0].weight.data.float()
+    x, direction = torch.randn(40, 64).bfloat16(), torch.randn(40, 48).bfloat16()
+    grads = []
+    for model in (exact, rounded):
+        lora.attach(model, r=4, alpha=8, dropout=dropout, targets=["0"])[0].lora_B.weight.data.fill_(0.1)
+        wide = x.to(model[0].weight.dtype, copy=True).requires_grad_()
+        torch.manual_seed(1)
+        model.train()(wide).backward(direction.to(wide.dtype))
+        grads.append([wide.grad, model[0].lora_A.weight.grad, model[0].lora_B.weight.grad])
+    assert [g.dtype for g in grads[1]] == [torch.bfloat16, torch.float32, torch.float32]
+    assert all(g.is_contiguous() for g in grads[1])
+    for found, expected in zip(*grads[::-1]):
+        assert (found.float() - expected).norm() < 0.01 * expected.norm()
 
 
 @torch.no_grad()
