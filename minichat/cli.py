@@ -435,7 +435,7 @@ def run(main: Callable[[], None]) -> None:
         if told:
             sys.exit(told)
     except BrokenPipeError:  # `infer.py … | head` ends quietly
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()
         sys.exit(1)
     except BadInput as error:
         sys.exit(_fail(str(error)))
@@ -468,6 +468,16 @@ def _report() -> int:
     return lazy.finish(_emulated[0].max_graphs, _emulated[0].max_syncs)
 
 
+def _drop_output() -> None:
+    """Give up what cannot be written, which Python would try again as it ends, and end with a code of its own, 120."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def _fail(message: str) -> int:
+    _drop_output()
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return 2

@@ -14,6 +14,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the CUDA kernels run on the CPU, one program after another
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network; the hub's tests start a server of their own
+os.environ.pop("PYTHONUNBUFFERED", None)  # set in many containers; it hides what a buffer holds that is never written
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would warn after fork
 
 import pytest  # noqa: E402
