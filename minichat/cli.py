@@ -469,7 +469,7 @@ def _report() -> int:
 
 
 def _drop_output() -> None:
-    """Give up what cannot be written, which Python would try again as it ends, and end with a code of its own, 120."""
+    """Give up what cannot be written: Python would try it again as it ends, and end with 120, whatever our code."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

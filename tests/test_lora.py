@@ -267,10 +267,10 @@ def test_over_a_bf16_linear_gradients_are_float32s_to_its_rounding(dropout):
     grads = []
     for model in (exact, rounded):
         lora.attach(model, r=4, alpha=8, dropout=dropout, targets=["0"])[0].lora_B.weight.data.fill_(0.1)
-        wide = x.to(model[0].weight.dtype, copy=True).requires_grad_()
+        inputs = x.to(model[0].weight.dtype, copy=True).requires_grad_()
         torch.manual_seed(1)
-        model.train()(wide).backward(direction.to(wide.dtype))
-        grads.append([wide.grad, model[0].lora_A.weight.grad, model[0].lora_B.weight.grad])
+        model.train()(inputs).backward(direction.to(inputs.dtype))
+        grads.append([inputs.grad, model[0].lora_A.weight.grad, model[0].lora_B.weight.grad])
     assert [g.dtype for g in grads[1]] == [torch.bfloat16, torch.float32, torch.float32]
     assert all(g.is_contiguous() for g in grads[1])
     for found, expected in zip(*grads[::-1]):
