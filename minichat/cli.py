@@ -78,6 +78,9 @@ class Parser(argparse.ArgumentParser):
             found += self._expanded(inside, file.parent, depth + 1)
         return found
 
+    def print_help(self, file=None):
+        print(self.format_help(), end="", file=file, flush=True)  # argparse says nothing where it cannot
+
     def error(self, message: str):
         self.exit(2, f"error: {BadInput(message)}; {self.prog} --help lists the flags\n")
 
@@ -339,6 +342,9 @@ def default_model(*runs: str) -> Path:
             return RUNS[run]
         if (RUNS[run] / "metrics.jsonl").exists():
             print(f"minichat: {RUNS[run]} did not finish and holds no model: passed over", file=sys.stderr)
+    if runs:
+        missing = " or ".join(str(RUNS[run]) for run in runs)
+        print(f"minichat: no finished {missing} here: the embedded base", file=sys.stderr)
     return BASE
 
 

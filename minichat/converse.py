@@ -17,7 +17,7 @@ from minichat.model import Mistral
 from minichat.runs import describe, say
 from minichat.tokenizer import Tokenizer
 
-COMMANDS = "/new begins another conversation, /exit leaves, /help tells this"
+COMMANDS = "Ctrl-C ends an answer, Ctrl-D the conversation; /new begins another, /exit leaves, /help tells this"
 
 
 class Talk:
@@ -114,7 +114,7 @@ class Talk:
                 import readline  # noqa: F401  input() then has arrow keys and remembers lines
         new, stops = self.args.max_new_tokens, generation.all_stops(self.tokenizer, self.stop, self.stop_ids)
         generation.warm_up(self.model, 1, max(1, self.limit - new), new, self.sampling, stops, self.kv, say)
-        say(f"Ctrl-C ends an answer, Ctrl-D the conversation; {COMMANDS}")
+        say(COMMANDS)
         history: list[dict] = []
         while True:
             try:
@@ -124,7 +124,7 @@ class Talk:
                 print(file=sys.stderr)
                 return
             except KeyboardInterrupt:  # it came too late to end an answer, or is meant for the line
-                print(f"\n(Ctrl-D ends the conversation; {COMMANDS})", file=sys.stderr)
+                print(f"\n({COMMANDS})", file=sys.stderr)
                 continue
             except UnicodeError as error:
                 print(f"error: not UTF-8 text: {error}", file=sys.stderr)

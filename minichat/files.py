@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PART = ".part-"  # how the name of a folder begins that is being written, or deleted
-_DTYPES = {"torch.int32": "I32", "torch.uint8": "U8"}  # names in safetensors, of what write_mapped takes
-_DTYPES |= {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+_DTYPES |= {f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)} | {"torch.uint8": "U8"}  # names in safetensors
 _OLD = ".old"  # in a folder that is being written: what it replaces
 
 
@@ -58,37 +58,41 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def write_tensors(tensors: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. Raises BadInput naming it if it cannot be written."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode
+    """Write a safetensors file. Equal tensors and metadata make equal bytes: a fingerprint tells files apart by them,
+    and the safetensors library writes metadata in another order each time. Raises BadInput naming the file if it
+    cannot be written.
+    """
+    wide_first = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # a narrow one ends anywhere
     try:
-        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as error:
-        raise BadInput(f"{path}: cannot be written: {error}") from None
-    path.chmod(mode)  # that of any new file: the library makes its own readable by their owner alone
+        with path.open("wb") as file:
+            _write(file, wide_first, {"__metadata__": {"format": "pt", **(metadata or {})}})
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def write_mapped(tensors: dict, path: Path) -> None:
-    """Write a safetensors file tensor by tensor, whose data begins at a multiple of 64 bytes, for read_mapped."""
-    import torch
-
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[str(tensor.dtype)], "shape": [*tensor.shape], "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)
+    """Write a safetensors file with the tensors in their order, for read_mapped, and let go of its pages."""
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        _write(file, tensors, {})
         file.flush()
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):  # or its small pages would stay, and the reader gets them
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _write(file: BinaryIO, tensors: dict, header: dict) -> None:
+    """The format of safetensors: the header's length, the header, and the data, here from a multiple of 64 bytes on."""
+    import torch
+
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[str(tensor.dtype)], "shape": [*tensor.shape], "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False).encode(errors="replace")  # a path may be no Unicode, the format is
+    text += b" " * (-(8 + len(text)) % 64)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def read_mapped(path: Path) -> dict:

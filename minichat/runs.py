@@ -223,9 +223,10 @@ def train(
         if args.tflops and last:
             rate = tokens_per_s(metrics.read(args.out)) if first else last["tokens_per_s"]
             share = rate * useful / args.tflops / distributed.world() / 1e12
+            held = f"{device.peak_memory_gib(model.device):.2f} GiB" + " of the process" * (model.device.type == "cpu")
             say(
-                f"measured: {rate:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; peak "
-                f"{device.peak_memory_gib(model.device):.2f} GiB, planned {plan.number(planned.peak / plan.GIB)}"
+                f"measured: {rate:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; "
+                f"peak {held}, planned {plan.number(planned.peak / plan.GIB)} of tensors"
             )
         if args.emulate != "meta":  # which has kept nothing
             say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")

@@ -65,7 +65,9 @@ def _resolved(source: str | Path) -> Path:
             last = max(saved, key=lambda path: int(path.name[5:]), default=None)
             more = f"; go on with --resume, or take its last checkpoint: {last}" if last else ""
             raise BadInput(f"{folder} is a run that did not finish: it holds neither model/ nor adapter/{more}")
-        raise BadInput(f"{folder}: holds neither config.json of a model nor {CONFIG} of an adapter")
+        within = [path for here in ("*", "runs/*") for path in sorted(folder.glob(f"{here}/metrics.jsonl"))]
+        more = f"; runs in it: {', '.join(str(path.parent) for path in within)}" if within else ""
+        raise BadInput(f"{folder}: holds neither config.json of a model nor {CONFIG} of an adapter{more}")
     if folder.exists():
         raise BadInput(f"{folder} is a file; --model takes a folder in Hugging Face format, or a hub id")
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))

@@ -147,17 +147,38 @@ def test_a_folder_is_never_stale(folder):
     assert content(folder) == {"config.json": "new", "notes": "mine", "model-of-mine": None}
 
 
-def test_a_file_that_cannot_be_written_is_named(folder, monkeypatch):
-    import safetensors.torch
+def test_a_file_that_cannot_be_written_is_named(folder):
     import torch
 
-    def full(*args, **kwargs):
-        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+    for size in (1, 1 << 20):  # one fails as it is closed, one as it is written
+        with pytest.raises(BadInput) as error, staged(folder, last="config.json") as new:
+            (new / "model-1.bin").symlink_to("/dev/full")
+            files.write_tensors({"a": torch.ones(size)}, new / "model-1.bin")
+        assert str(error.value) == f"{folder / 'model-1.bin'}: cannot be written: No space left on device"
+        assert content(folder) == OLD
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(BadInput) as error, staged(folder, last="config.json") as new:
-        files.write_tensors({"a": torch.ones(1)}, new / "model-1.bin")
-    assert str(error.value).startswith(f"{folder / 'model-1.bin'}: cannot be written: ") and content(folder) == OLD
+
+def test_tensors_of_every_type_as_the_library_reads_them(tmp_path):
+    """Odd sizes before wide types, an empty tensor, one without dimensions, one that is a view; names beyond ASCII."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    types = (torch.int8, torch.uint8, torch.bfloat16, torch.float16, torch.int16, torch.int32, torch.float32)
+    tensors = {str(dtype): torch.arange(-5, 8).to(dtype) for dtype in (*types, torch.int64, torch.float64)}
+    tensors |= {"é😀": torch.tensor(3.5), "none": torch.empty(0, 4), "view": torch.arange(12.0).view(3, 4).t()[1:]}
+    metadata = {f"key {i}": f"value \n é {i}" for i in range(8)}
+    files.write_tensors(tensors, tmp_path / "a", metadata)
+    found = load_file(tmp_path / "a")
+    assert found.keys() == tensors.keys()
+    assert all(found[name].dtype == each.dtype and torch.equal(found[name], each) for name, each in tensors.items())
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", **metadata}
+        assert all(torch.equal(file.get_tensor(name), each) for name, each in tensors.items())
+    files.write_tensors(dict(tensors), tmp_path / "b", metadata)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    files.write_tensors(tensors, tmp_path / "c", {"path": os.fsdecode(b"b\xe9")})  # no UTF-8, which the library refuses
+    assert load_file(tmp_path / "c").keys() == tensors.keys()
 
 
 def test_a_file_in_the_place_of_the_folder(folder):

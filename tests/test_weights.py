@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
 from helpers import make
 from safetensors.torch import load_file, save_file
@@ -237,7 +236,7 @@ def full_disk(monkeypatch, failing):
     full = OSError(errno.ENOSPC, "No space left on device")
     patch(Path, "write_text", 0, full)
     patch(shutil, "copyfile", 1, full)
-    patch(safetensors.torch, "save_file", 1, safetensors.SafetensorError(f"I/O error: {full.strerror}"))
+    patch(Path, "open", 0, full)
 
 
 def contents(folder) -> dict[str, bytes]:
