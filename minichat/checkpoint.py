@@ -19,8 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from minichat import device, distributed, files
+from minichat.console import show
 from minichat.errors import BadInput
-from minichat.metrics import Metrics, show
+from minichat.metrics import Metrics
 from minichat.optim import AdamW
 
 FOLDER, STATE, TENSORS = "checkpoints", "state.json", "state.safetensors"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minichat import sources
+from minichat.console import show
 from minichat.errors import BadInput
 from minichat.version import __version__
 
@@ -79,7 +80,8 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def print_help(self, file=None):
-        print(self.format_help(), end="", file=file, flush=True)  # argparse says nothing where it cannot
+        # where this fails, argparse says nothing
+        print(self.format_help(), end="", file=file or sys.stdout or sys.stderr, flush=True)
 
     def error(self, message: str):
         self.exit(2, f"error: {BadInput(message)}; {self.prog} --help lists the flags\n")
@@ -140,7 +142,7 @@ def emulate(args: argparse.Namespace) -> None:
     if args.emulate == "meta" and hasattr(args, "out"):
         args.out = Path(tempfile.mkdtemp(prefix="minichat-"))
         atexit.register(shutil.rmtree, args.out, ignore_errors=True)
-        print("minichat: shapes alone: all values are 0, and nothing is kept", file=sys.stderr)
+        show("minichat: shapes alone: all values are 0, and nothing is kept")
 
 
 def quantise_flags(group: "argparse._ArgumentGroup") -> None:
@@ -311,8 +313,8 @@ def check_run_folder(args: argparse.Namespace) -> None:
         raise BadInput("--resume goes on with the run that --overwrite replaces: one of them")
     is_run = (args.out / "metrics.jsonl").exists()
     if args.resume and is_run and any((args.out / kind / last).exists() for kind, last in RESULTS.items()):
-        print(f"minichat: the run in {args.out} is done: nothing to resume; train further: --model {args.out} "
-              "--out ANOTHER", file=sys.stderr)  # fmt: skip
+        further = f"--model {args.out} --out ANOTHER"
+        show(f"minichat: the run in {args.out} is done: nothing to resume; train further: {further}")
         sys.exit(0)
     if int(os.environ.get("RANK") or 0):  # of several processes the first one looks, and may have begun already
         return
@@ -331,7 +333,7 @@ def parse(parser: Parser, embedded: str) -> argparse.Namespace:
     if args.model or args.data or getattr(args, "from_config", None):
         return args
     file = BASE.parent / embedded
-    print(f"minichat: the embedded default, with the flags in {file}", file=sys.stderr)
+    show(f"minichat: the embedded default, with the flags in {file}")
     return parser.parse_args([f"@{file}", *sys.argv[1:]])
 
 
@@ -341,10 +343,10 @@ def default_model(*runs: str) -> Path:
         if any((RUNS[run] / kind / last).exists() for kind, last in RESULTS.items()):
             return RUNS[run]
         if (RUNS[run] / "metrics.jsonl").exists():
-            print(f"minichat: {RUNS[run]} did not finish and holds no model: passed over", file=sys.stderr)
+            show(f"minichat: {RUNS[run]} did not finish and holds no model: passed over")
     if runs:
         missing = " or ".join(str(RUNS[run]) for run in runs)
-        print(f"minichat: no finished {missing} here: the embedded base", file=sys.stderr)
+        show(f"minichat: no finished {missing} here: the embedded base")
     return BASE
 
 
@@ -368,7 +370,7 @@ def start_run(args: argparse.Namespace) -> None:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         else:
             if not aside.exists():
-                print(f"minichat: the old run is kept in {aside} until this one is done", file=sys.stderr)
+                show(f"minichat: the old run is kept in {aside} until this one is done")
             aside.mkdir(exist_ok=True)
             old.rename(aside / name)
     (args.out / "metrics.jsonl").touch()  # by it the folder is known as a run's, from its first file on
@@ -414,12 +416,12 @@ def torch_dtype(name: str | None):
 
 def load(args: argparse.Namespace, only_to_decode: bool = False):
     """The model and tokenizer that the flags name; for --plan, on the meta device."""
-    from minichat import int4, metrics, packed, weights
+    from minichat import int4, packed, weights
 
     wanted = scheme(args)
     if getattr(args, "plan", False):
         return weights.load_shapes(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)
-    metrics.show(f"minichat: loading {args.model}")
+    show(f"minichat: loading {args.model}")
     how = packed.load_model if only_to_decode else weights.load_model
     model, tokenizer = how(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)
     if getattr(args, "activations", "exact") == "int8":

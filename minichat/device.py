@@ -19,6 +19,7 @@ from contextlib import suppress
 import torch
 import torch.nn.functional as F
 
+from minichat.console import show
 from minichat.errors import BadInput
 
 GIB = 1 << 30
@@ -240,7 +241,7 @@ def one_kernel(function: Callable, device: torch.device, trial: Callable[[Callab
         trial(compiled)
     except Exception as error:  # each is another kind of error
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        print(f"minichat: warning: packed rows go document by document, which is slower: {why}", file=sys.stderr)
+        show(f"minichat: warning: packed rows go document by document, which is slower: {why}")
         return None
     return compiled
 

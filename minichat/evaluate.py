@@ -320,7 +320,7 @@ def _perplexity(args, model, tokenizer, text: str) -> dict[str, float]:
 
 def _preferences(args, model, tokenizer, template: str) -> dict[str, float]:
     from minichat import examples, sources, store, weights
-    from minichat.metrics import show
+    from minichat.console import show
 
     encoder = examples.Dpo(tokenizer, template, args.max_length, args.max_prompt_length)
     items, report = store.load(sources.find(args.pairs), encoder)

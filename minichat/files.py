@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 PART = ".part-"  # how the name of a folder begins that is being written, or deleted
 _DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
-_DTYPES |= {f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)} | {"torch.uint8": "U8"}  # names in safetensors
+_DTYPES |= {"torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.bool": "BOOL"}
+_DTYPES |= {f"torch.{u}int{bits}": f"{u or 'i'}{bits}".upper() for u in ("", "u") for bits in (8, 16, 32, 64)}
 _OLD = ".old"  # in a folder that is being written: what it replaces
 
 
@@ -59,13 +60,17 @@ def write_json(path: Path, content: dict) -> None:
 
 def write_tensors(tensors: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file. Equal tensors and metadata make equal bytes: a fingerprint tells files apart by them,
-    and the safetensors library writes metadata in another order each time. Raises BadInput naming the file if it
-    cannot be written.
+    and the safetensors library writes several metadata in another order each time. Raises BadInput naming the file if
+    it cannot be written, TypeError if metadata are no strings.
     """
-    wide_first = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # a narrow one ends anywhere
+    metadata = {"format": "pt", **(metadata or {})}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise TypeError(f"metadata {metadata}; a safetensors file holds strings alone")
+    # wide types first: a tensor of a narrow one may end anywhere
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
     try:
         with path.open("wb") as file:
-            _write(file, wide_first, {"__metadata__": {"format": "pt", **(metadata or {})}})
+            _write(file, ordered, {"__metadata__": dict(sorted(metadata.items()))})
     except OSError as error:
         raise BadInput(f"{path}: cannot be written: {error.strerror}") from None
 

@@ -5,7 +5,6 @@ A reader may skip this: `model.Decoder` computes the same, and is what runs ever
 
 import ctypes
 import functools
-import sys
 from collections.abc import Callable
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from minichat import kernels
 from minichat.attention import rotary
 from minichat.cache import KVCache
+from minichat.console import show
 from minichat.kernels import cpu
 
 MOST_TOKENS = 32  # of prompts in one call: bounds its scratch, and 128 are 1 % faster
@@ -24,6 +24,7 @@ LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 # (B, T) ids and positions (None: 0, 1, 2, … or what follows, in every row) -> (B, T, D) hidden states; fills the cache
 Forward = Callable[[Tensor, Tensor | None], Tensor]
+_say = functools.cache(show)  # once
 
 
 def decoder(model: nn.Module, cache: KVCache) -> Forward:
@@ -40,11 +41,6 @@ def decoder(model: nn.Module, cache: KVCache) -> Forward:
             return fused_cuda.CudaStep(model, cache)
         _say(f"minichat: tokens are decoded module by module, which is slower: {why}")
     return lambda ids, positions: model.model(ids, positions, cache)
-
-
-@functools.cache  # once
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def fits(model: nn.Module) -> bool:

@@ -9,25 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
+from minichat.console import show, speaks
 from minichat.errors import BadInput
-
-
-def speaks() -> bool:
-    """Whether this process tells how it goes: of several that torchrun or the like has started, the first."""
-    return int(os.environ.get("RANK") or 0) == 0
-
-
-def show(line: str) -> None:
-    """Print to stderr; where nobody reads it any more (`2>&1 | head`), nothing stops."""
-    if not speaks():
-        return
-    try:
-        print(line, file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
 
 # what a progress bar shows, and as what; metrics.jsonl has everything
 WATCHED = {
@@ -91,6 +74,8 @@ class Metrics:
         # the numbers are what one watches: a short bar, so that they fit on 80 columns
         form = "{desc} {n_fmt}/{total_fmt} |{bar:8}| {remaining} left{postfix}"
         watched = speaks() and sys.stderr.isatty()
+        from tqdm import tqdm
+
         self.bar = tqdm(total=steps, desc=what, bar_format=form, dynamic_ncols=True) if watched else None
 
     def __enter__(self) -> "Metrics":

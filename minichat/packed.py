@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from minichat import device as devices
 from minichat import files, kernels, lora, weights
 from minichat import int4 as quant
+from minichat.console import show
 from minichat.errors import BadInput
-from minichat.metrics import show
 from minichat.model import Mistral, without_weights
 from minichat.tokenizer import Tokenizer
 

@@ -30,6 +30,7 @@ from minichat import (
     weights,
 )
 from minichat.assets import sums
+from minichat.console import show
 from minichat.errors import BadInput
 from minichat.examples import Dpo, Report, Sft
 from minichat.model import Mistral
@@ -46,7 +47,7 @@ NOT_DECIDING = ("out", "overwrite", "resume", "save_every", "keep", "log_every",
 
 
 def say(text: str) -> None:
-    metrics.show(f"minichat: {text}")
+    show(f"minichat: {text}")
 
 
 def new_model(args: argparse.Namespace) -> tuple[Mistral, Tokenizer]:
@@ -226,7 +227,7 @@ def train(
             held = f"{device.peak_memory_gib(model.device):.2f} GiB" + " of the process" * (model.device.type == "cpu")
             say(
                 f"measured: {rate:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; "
-                f"peak {held}, planned {plan.number(planned.peak / plan.GIB)} of tensors"
+                f"peak {held}, planned {plan.number(planned.peak / plan.GIB)} GiB of tensors"
             )
         if args.emulate != "meta":  # which has kept nothing
             say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")

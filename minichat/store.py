@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from minichat import files, sources
+from minichat.console import show
 from minichat.errors import BadInput
 from minichat.examples import Dpo, Example, Pair, Report, Sft, encode
-from minichat.metrics import show
 
 VERSION = 2  # of the cache's files, and of what encoders make of a record
 LARGE = 16 << 20  # bytes of files from which on processes are started and the result is kept
@@ -215,7 +215,7 @@ def _key(source: sources.Source, encoder: Sft | Dpo) -> str:
 
 def _build(source: sources.Source, encoder: Sft | Dpo, strict: bool, size: int, folder: Path) -> None:
     """Write the cache's files: the tokens as they come, which are too many to hold, then what is known of them."""
-    from safetensors.numpy import save_file
+    import torch
     from tqdm import tqdm
 
     dtype, length = None, 0
@@ -235,7 +235,7 @@ def _build(source: sources.Source, encoder: Sft | Dpo, strict: bool, size: int, 
         header = {"tokens": {"dtype": name, "shape": [length], "data_offsets": [0, length * dtype.itemsize]}}
         file.seek(0)
         file.write(struct.pack("<Q", HEADER - 8) + json.dumps(header).encode().ljust(HEADER - 8))
-    save_file(index, folder / INDEX)
+    files.write_tensors({name: torch.from_numpy(values) for name, values in index.items()}, folder / INDEX)
     files.write_json(folder / REPORT, vars(report))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minichat import device as devices
 from minichat import int4 as quant
+from minichat.console import show
 from minichat.errors import BadInput
 from minichat.files import read_json, staged, write_json, write_tensors
 from minichat.lora import (
@@ -26,7 +27,6 @@ from minichat.lora import (
     rounding,
     say_merged_over,
 )
-from minichat.metrics import show
 from minichat.model import Config, Mistral, without_weights
 from minichat.tokenizer import FILES as TOKENIZER_FILES
 from minichat.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "minichat"
 
 LAYERS = [
-    {"errors", "version"},
+    {"console", "errors", "version"},
     {"device", "files", "formats", "patterns", "sources", "speculation", "words"},
     {
         "attention",

@@ -135,7 +135,7 @@ def test_a_plan_says_what_a_run_needs_and_writes_nothing(run, base, files, tmp_p
     code, _, err = run("train.py", *flags, "--plan", "--memory-budget", 0.0001)
     assert code == 2 and "everything computed again" in err.splitlines()[-1]
     code, _, err = run("train.py", *flags, "--memory-budget", 1, "--tflops", 2)
-    measured = r"measured: [\d,]+ tokens/s, [\d.]+% of 2 TFLOP/s; peak .* GiB of the process, planned .* of tensors"
+    measured = r"measured: [\d,]+ tokens/s, [\d.]+% of 2 TFLOP/s; peak .* GiB of the process, planned .* GiB of tensors"
     assert code == 0 and re.search(measured, err), err
 
 

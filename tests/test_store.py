@@ -169,6 +169,16 @@ def test_a_cache_that_cannot_be_written_is_one_line(folder, large, monkeypatch):
         store.load(source, ENCODERS["sft"])
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full is Linux's")
+@pytest.mark.parametrize("file", ["TOKENS", "INDEX"])
+def test_a_disk_that_fills_is_one_line_and_leaves_nothing(folder, large, monkeypatch, file):
+    source = write(folder, "sft")
+    monkeypatch.setattr(store, file, "/dev/full")
+    with pytest.raises(BadInput, match="No space left"):
+        store.load(source, ENCODERS["sft"])
+    assert not [*(folder / "cache" / "data").glob("*/*")]
+
+
 def test_a_killed_process_is_one_line(folder, large, monkeypatch):
     source = write(folder, "sft")
 

@@ -221,7 +221,7 @@ def test_saving_over_a_folder_leaves_nothing_of_the_old_one(tmp_path):
 
 
 def full_disk(monkeypatch, failing):
-    """From now on the disk is full where a file called `failing` is written."""
+    """From now on the disk is full where a file called `failing` is opened."""
 
     def patch(owner, name, at, error):
         plain = getattr(owner, name)
@@ -234,7 +234,6 @@ def full_disk(monkeypatch, failing):
         monkeypatch.setattr(owner, name, call)
 
     full = OSError(errno.ENOSPC, "No space left on device")
-    patch(Path, "write_text", 0, full)
     patch(shutil, "copyfile", 1, full)
     patch(Path, "open", 0, full)
 
