@@ -60,8 +60,8 @@ MUTANTS = {
         "return torch.multinomial(logits.softmax(-1), 1)[:, 0]", "decode", "aten.multinomial", None,
     ),
     "an int32 first token": (
-        "generation.py", "token = torch.zeros(B, dtype=torch.int64, device=where)",
-        "token = torch.zeros(B, dtype=torch.int32, device=where)", "decode", "token ids are torch.int32 here",
+        "generation.py", "self.token = torch.zeros(rows, dtype=torch.int64, device=where)",
+        "self.token = torch.zeros(rows, dtype=torch.int32, device=where)", "decode", "token ids are torch.int32 here",
         ("model.py", "x = self.embed_tokens(ids)"),
     ),
 }  # fmt: skip

@@ -27,9 +27,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from minichat import files
 from minichat.kernels import int4_reference as reference
+
+if TorchVersion(triton.__version__) < (3, 5):  # whose products take no 8 tokens
+    raise ImportError(f"triton {triton.__version__} is installed; the kernel needs 3.5, which comes with torch 2.9")
 
 Packed = reference.Packed
 ROWS, COLUMNS = 16, 128  # of a piece of the layout

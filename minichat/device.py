@@ -215,6 +215,10 @@ class _CudaGraphs:
         return [graph, outputs]
 
 
+# before torch 2.9, attention with fewer heads of keys holds all scores on the CPU
+CPU_GROUPS = torch.__version__ >= (2, 9)
+
+
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Softmax(q k^T / sqrt(Hd)) v of (B, H, T, Hd) queries and (B, KvH, S, Hd) keys and values: (B, H, T, Hd).
 
@@ -223,6 +227,9 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor |
     fused = sys.modules.get("habana_frameworks.torch.hpex.kernels") if q.device.type == "hpu" else None
     if fused is None:
         grouped = q.shape[1] != k.shape[1]
+        if grouped and q.device.type == "cpu" and not CPU_GROUPS:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            grouped = False
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     # torch's own would hold all scores for backward there; with recompute, as here, nothing of that size is kept
     return fused.FusedSDPA.apply(q, k, v, mask, 0.0, mask is None, None, "None", True)

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from minichat import cli
+from minichat import cli, kernels
 from minichat import device as devices
 from minichat.errors import BadInput
 
@@ -28,6 +28,8 @@ def main() -> None:
     where = devices.pick(args.device)
     if where.type != "cuda":
         raise BadInput(f"--device {args.device} is {where.type} here; tiles are tuned on a GPU")
+    if kernels.for_device(where) is not kernels.named("int4_triton"):
+        raise BadInput("the CUDA kernel does not run here, so that there is nothing to tune")
     from minichat.kernels import int4_triton
 
     shapes, file = MISTRAL, int4_triton.tuned_file(where)

@@ -47,9 +47,9 @@ def test_one_call_sees_what_is_visible_and_skips_the_rest(seed, window):
     T, documents = len(expected), Documents(lengths, window, CPU)
     n = documents._blocks()[0].numel() // FLEX_BLOCK
     # of scores that are all 0, the weights: 1 / count where a key is seen
-    v = torch.eye(T)[None, None]
+    v = torch.eye(T, 1 << (T - 1).bit_length())[None, None]  # older torch takes powers of 2 alone
     found = documents.flex(torch.zeros(1, 1, T, 16), torch.zeros(1, 1, T, 16), v, attention._flex)
-    assert torch.equal(found[0, 0] > 0, expected)
+    assert torch.equal(found[0, 0, :, :T] > 0, expected)
 
     tiles = torch.zeros(n * FLEX_BLOCK, n * FLEX_BLOCK, dtype=torch.bool)
     tiles[:T, :T] = expected

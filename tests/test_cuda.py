@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.5")
 from minichat import fused, generation, int4, kernels
 from minichat.attention import attend, rotary, rotate, visible
 from minichat.cache import KVCache

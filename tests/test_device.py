@@ -225,6 +225,20 @@ def test_decoding_replays_one_graph(cuda, flags, monkeypatch):
     assert len(cuda) == 1 and cuda[0].replays <= 58
 
 
+def test_attention_of_older_torch_sees_the_same(monkeypatch):
+    """Which holds all scores on the CPU where heads share keys: they are written out for it."""
+    q, k, v = (torch.randn(2, heads, 9, 16, requires_grad=True) for heads in (6, 2, 2))
+    mask = torch.rand(2, 1, 9, 9) > 0.3
+    mask |= torch.eye(9, dtype=torch.bool)
+    for each in (mask, None):
+        found = []
+        for groups in (True, False):
+            monkeypatch.setattr(device, "CPU_GROUPS", groups)
+            out = device.sdpa(q, k, v, each)
+            found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+        torch.testing.assert_close(*found)
+
+
 def test_no_compiler_is_one_line():
     def fails(*_):
         raise RuntimeError("g++ is not there\nand more")

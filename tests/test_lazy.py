@@ -1,5 +1,6 @@
 """The emulated HPU: what it sees of a program. Each test is a process of its own: the device stays once it is there."""
 
+import runpy
 import subprocess
 import sys
 
@@ -210,3 +211,12 @@ def test_any_script_runs_on_it_and_budgets_decide_the_exit_code(tmp_path):
     assert "error: 1 waits for the device: more than --max-syncs 0" in done.stderr
     done = run("no-such-script.py")
     assert done.returncode == 2 and done.stderr == "error: no-such-script.py: no such file\n"
+
+
+def test_the_mistakes_of_the_bench_are_of_this_code():
+    """bench/lazy.py puts each in the place of a line, which is there once."""
+    mutants = runpy.run_path(str(ROOT / "bench" / "lazy.py"))["MUTANTS"]
+    for file, was, *_, place in mutants.values():
+        text = (ROOT / "minichat" / file).read_text()
+        assert text.count(was) == 1, was
+        assert place is None or place[1] in (ROOT / "minichat" / place[0]).read_text(), place

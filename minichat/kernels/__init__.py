@@ -8,12 +8,12 @@ import functools
 import importlib
 import importlib.util
 import os
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from minichat.console import show
 from minichat.errors import BadInput
 
 _here = Path(__file__).parent
@@ -63,5 +63,5 @@ def _has_triton(device: torch.device) -> bool:
         except Exception as error:  # each is another kind of error
             why = " ".join(str(error).split())[:200] or type(error).__name__
     if why:
-        print(f"minichat: no CUDA kernel, so INT4 and decoding run on the slow reference: {why}", file=sys.stderr)
+        show(f"minichat: no CUDA kernel, so INT4 and decoding run on the slow reference: {why}")
     return why is None
