@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import make, theirs
 
-from minichat import fused
+from minichat import device, fused
 from minichat.attention import QUERY_BLOCK, View, attention, visible
 from minichat.cache import KVCache
 from minichat.errors import BadInput
@@ -99,6 +99,7 @@ def test_loss_and_gradients_are_transformers(T, window, monkeypatch):
         torch.testing.assert_close(weight.grad, expected[name].grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.skipif(not device.CPU_GROUPS, reason="keys are written out for each block of queries")
 @pytest.mark.parametrize("window", [100, 300])
 def test_training_keeps_no_mask_per_layer(window, monkeypatch):
     """One more layer keeps for backward what it keeps without a window; masks would be a quarter more at least."""

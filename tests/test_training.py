@@ -478,6 +478,7 @@ def test_compiled_blocks_learn_the_same_and_are_compiled_once_for_all_lengths(ki
 @tracer_warns
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
+@pytest.mark.filterwarnings("ignore:Skipping serialization of skipfiles_inline_module_allowlist")  # torch 2.6
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_blocks_compiled_to_machine_code_learn_the_same(monkeypatch, compiler):
     """Without dropout, whose numbers differ; its sums are rounded in another order."""
