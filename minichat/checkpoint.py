@@ -81,7 +81,7 @@ class Checkpoints:
     def _write(self, target: Path, tensors: dict[str, Tensor], step: int, metrics: Metrics, record: dict) -> None:
         with files.appearing(target) as new:
             self.save_model(new)
-            files.write_tensors({key: value.cpu().contiguous() for key, value in tensors.items()}, new / TENSORS)
+            files.write_tensors({key: value.cpu() for key, value in tensors.items()}, new / TENSORS)
             score = record.get("eval_loss", math.nan)
             known = {"step": step, "tokens": record["tokens"], "eval_loss": score if math.isfinite(score) else None}
             files.write_json(new / STATE, {**known, "metrics": metrics.position(), "run": self.run})

@@ -359,8 +359,8 @@ def save(model: nn.Module, folder: str | Path, base: str | None = None, metadata
         raise BadInput("the model has no adapter to save")
     tensors = {}
     for name, module in modules.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A.weight.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B.weight.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A.weight.detach().cpu()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B.weight.detach().cpu()
     lora = model.lora
     config = {
         "peft_type": "LORA",

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 from minichat.console import show, speaks
 from minichat.errors import BadInput
 
@@ -74,8 +76,6 @@ class Metrics:
         # the numbers are what one watches: a short bar, so that they fit on 80 columns
         form = "{desc} {n_fmt}/{total_fmt} |{bar:8}| {remaining} left{postfix}"
         watched = speaks() and sys.stderr.isatty()
-        from tqdm import tqdm
-
         self.bar = tqdm(total=steps, desc=what, bar_format=form, dynamic_ncols=True) if watched else None
 
     def __enter__(self) -> "Metrics":

@@ -494,4 +494,4 @@ def _tensors(model: Mistral, dtype: torch.dtype | None, meta: bool = False) -> I
                 continue
             weight = weight.detach()
             weight = torch.empty_like(weight, device="meta", dtype=dtype) if meta else weight.to("cpu", dtype)
-            yield f"{name}.{leaf}", weight.contiguous()
+            yield f"{name}.{leaf}", weight
