@@ -13,6 +13,7 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import MappingView
 from datetime import datetime
 from types import BuiltinMethodType
 
@@ -44,7 +45,7 @@ _FILTERS = (
     "max min reject rejectattr replace reverse safe select selectattr sort string title trim truncate unique upper "
     "wordcount"
 )
-_SIZED = (str, list, tuple, dict)
+_SIZED = (str, list, tuple, dict, MappingView, range)
 _AMPLIFIERS = ("replace", "join", "indent", "tojson")
 
 # Content cannot forge these: they are drawn anew in every process.
@@ -141,6 +142,8 @@ def _weigh(value: object, depth: int = 0) -> int:
         weight = 4 + value.bit_length() // 8
         if value.bit_length() > _LONGEST_INT:
             raise _TooMuch(f"it makes a number of more than {_LONGEST_INT} bits")
+    elif isinstance(value, range):  # of numbers that fit a word
+        weight = 16 + 8 * len(value)
     elif isinstance(value, _SIZED):
         if depth == _DEEPEST:
             raise _TooMuch(f"it nests lists more than {_DEEPEST} deep")
@@ -149,6 +152,8 @@ def _weigh(value: object, depth: int = 0) -> int:
             weight += _weigh(item, depth + 1)
             if weight > _LARGEST:
                 break
+    elif hasattr(type(value), "__iter__") and not isinstance(value, jinja2.Undefined):
+        raise _TooMuch(f"it takes a {type(value).__name__} as a value: nobody knows how much it holds")
     else:
         weight = 4
     if weight > _LARGEST:

@@ -436,6 +436,12 @@ HOSTILE = {
     "str.replace": BIG + "{{ b.replace('', b) }}",
     "join": "{{ (['a'] * 100000) | join('b' * 100000) }}",
     "str.join": "{{ ('b' * 100000).join(['a'] * 100000) }}",
+    "values": "{% set d = {'a': 'x' * 4000000} %}{{ [d.values()] * 5000 }}",
+    "join keys": "{% set d = {'a' * 4000000: 1, 'b' * 4000000: 1} %}{{ ('c' * 1000).join([d.keys()] * 5000) }}",
+    "join values": "{% set d = {'a': 'x' * 4000000} %}{{ ([d.values()] * 5000) | join }}",
+    "join range": "{{ range(100000) | join('b' * 1000000) }}",
+    "join loop": "{% for i in range(100000) %}{{ loop | join('b' * 1000000) }}{% endfor %}",
+    "str.join loop": "{% for i in range(100000) %}{{ ('b' * 1000000).join(loop) }}{% endfor %}",
     "to_bytes": "{{ (5).to_bytes(10**10) }}",
     "lipsum": "{{ lipsum(n=100000) }}",
     "keep": "".join(f"{{% set b{i} = 'a' * 4000000 %}}" for i in range(1000)),
@@ -491,12 +497,12 @@ def test_what_templates_in_use_need():
         "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join('+') }}"
         "{{ (messages | length) % 2 == 0 }}{{ strftime_now('%Y') | int > 2000 }}{{ 'x' is string and tools is none }}"
         "{% for k, v in {'b': 1}.items() %}{{ k ~ v }}{% endfor %}{{ messages[::-1][0].role }}"
-        "{{ 'a-b'.replace('-', '') }}"
+        "{{ 'a-b'.replace('-', '') }}{{ {'k': 2}.values() | join('+') }}"
         "{{ missing is defined }}{{ raise_exception is defined }}{{ (2, 3) | last }}{{ 'ab' * 2 }}{{ 7 // 2 ** 2 }}"
     )
     expected = (
         'USER: hello;ASSISTANT: hello, how are you?;2{"a": ["é", 1.5, null, true]}[  1,  2]hello there'
-        "FalseTrueTrueb1assistantabFalseTrue3abab1"
+        "FalseTrueTrueb1assistantab2FalseTrue3abab1"
     )
     assert text_of([SYSTEM, HELLO, ANSWER], template) == expected
     transformers = pytest.importorskip("transformers")

@@ -54,6 +54,15 @@ def test_those_that_would_take_forever_are_refused(pattern):
         compiled(pattern)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["(?x)(.+) +!", "(?x:(.+) +!)", "(?x)#[\n(.+)+!#]", "(?#[)(.+)+!(?#])", "(?i)q_proj", "(?-i:a)", "(?ix)a"],
+)
+def test_flags_and_comments_which_could_hide_a_repeat_are_refused(pattern):
+    with pytest.raises(BadInput, match="flags or comments"):
+        compiled(pattern)
+
+
 @pytest.mark.parametrize("pattern", ["(", "(?P<a", "a{99999999999}"])
 def test_those_that_are_none_are_refused(pattern):
     with pytest.raises(BadInput, match="no regular expression"):
