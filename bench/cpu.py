@@ -117,19 +117,31 @@ def make_gguf(file: Path) -> None:
     writer.close()
 
 
-def measure_llama(binary: Path, model: Path, threads: int, decode: bool, repack: bool = False, depth: int = 0) -> dict:
+def measure_llama(binary: Path, model: Path, threads: int, decode: bool, depth: int = 0, flags: tuple = ()) -> dict:
     """Tokens/s of decoding (at a depth), or of prompts, and the process's peak of resident memory, GB."""
     prompts = ",".join(map(str, PREFILLS if threads > 1 else PREFILLS[1:2]))
     command = [str(binary), "-m", str(model), "-t", str(threads), "-r", "1", "-o", "json"]
     command += ["-p", "0", "-n", str(TOKENS)] if decode else ["-p", prompts, "-n", "0"]
     command += ["-d", str(depth)] if depth else []  # ik_llama.cpp does not know it
-    process = subprocess.Popen([*command, *(["-rtr", "1"] if repack else [])], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
     rows = json.loads(process.stdout.read() or "[]")
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{binary} ended with status {status}")
     found = {f"prefill_{row['n_prompt']}" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}
     return {**found, "peak_gb": usage.ru_maxrss * 1024 / 1e9, "build": rows[0]["build_commit"]}
+
+
+def measure_ik(binary: Path, model: Path, threads: int, decode: bool) -> dict:
+    """ik_llama.cpp's. Prompts by both of its layouts, and the faster one counts: repacking (-rtr) slows some down."""
+    found = measure_llama(binary, model, threads, decode, flags=("-rtr", "1"))
+    if decode:
+        return found
+    plain = measure_llama(binary, model, threads, decode, flags=("-rtr", "0"))
+    rates = {
+        f"{name}_rtr_{i}": each[name] for i, each in enumerate((plain, found)) for name in each if "prefill" in name
+    }
+    return {**found, **{name: max(found[name], plain[name]) for name in found if "prefill" in name}, **rates}
 
 
 # ---- the limit ----
@@ -463,6 +475,7 @@ def main() -> None:
     parser.add_argument(
         "--record", action="store_true", help="write bench/results/cpu.json and cpu.png, of --rest cpu-rest.json"
     )
+    parser.add_argument("--name", default="", help="of the machine, after cpu and cpu-rest: --name=-avx2")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
@@ -494,13 +507,13 @@ def main() -> None:
         "prompts, batch, depth": {
             "llama": lambda threads: measure_llama(binary, gguf, threads, decode=False),
             "g32_int8": lambda threads: measure(scratch / "int4-g32", "int8", threads, cache),
-            "ik": lambda threads: measure_llama(ik, gguf, threads, decode=False, repack=True),
+            "ik": lambda threads: measure_ik(ik, gguf, threads, decode=False),
             "g32": lambda threads: measure(scratch / "int4-g32", "exact", threads, cache),
         },
         "decode": {
             "llama": lambda threads: measure_llama(binary, gguf, threads, decode=True),
             "g32_int8": lambda threads: measure(scratch / "int4-g32", "int8-decode", threads, cache),
-            "ik": lambda threads: measure_llama(ik, gguf, threads, decode=True, repack=True),
+            "ik": lambda threads: measure_ik(ik, gguf, threads, decode=True),
             "g32": lambda threads: measure(scratch / "int4-g32", "exact-decode", threads, cache),
             "g128": lambda threads: measure(scratch / "int4-g128", "exact-decode", threads, cache),
             "g128_int8": lambda threads: measure(scratch / "int4-g128", "int8-decode", threads, cache),
@@ -512,7 +525,8 @@ def main() -> None:
         for part in ["prompts, batch, depth", *["decode"] * (DUELS if threads > 1 else 1)]:
             found = {"round": i, "threads": threads, "part": part}
             kinds = [kind for kind in parts[part] if kind != "ik" or ik]
-            for kind in reversed(kinds) if len(rounds) % 2 else kinds:  # a drift favours each of them in turn
+            turns = sum((one["part"], one["threads"]) == (part, threads) for one in rounds)
+            for kind in reversed(kinds) if turns % 2 else kinds:  # a drift favours each of them in turn
                 found[kind] = parts[part][kind](threads)
                 shown = ", ".join(f"{name} {value:.2f}" for name, value in found[kind].items() if name != "build")
                 print(f"round {i}, {threads} threads, {part}, {kind:9}: {shown}", flush=True)
@@ -570,8 +584,10 @@ def main() -> None:
         versions = {"llama-cpp-python": LLAMA, **({"ik_llama.cpp": rounds[0]["ik"]["build"]} if args.ik else {})}
         once = {f"llama_at_{DEPTH}": deep, "memory": memory, "transformers_bf16": bf16}
         model = "llama.cpp Q4_0 with a Q6_K head, ours INT4 with an INT8 head"
-        record("cpu", " --ik FOLDER" * bool(args.ik), model, versions, {"rounds": rounds, **once, "ratios": ratios})
-        chart(rounds, RESULTS / "cpu.png")
+        found = {"rounds": rounds, **once, "ratios": ratios}
+        record(f"cpu{args.name}", " --ik FOLDER" * bool(args.ik), model, versions, found)
+        if not args.name:
+            chart(rounds, RESULTS / "cpu.png")
 
 
 def spread(values: list[float]) -> dict:
@@ -586,7 +602,8 @@ def rest_of_a_token(folder: Path, cache: Path, args: argparse.Namespace) -> None
     ratios = {name: spread([found[name] for found in rounds]) for name in rounds[0]}
     if args.record:
         flags = f" --rest --rounds {args.rounds}"
-        record("cpu-rest", flags, "INT4 with a head in INT8 or INT4", {}, {"rounds": rounds, "ratios": ratios})
+        found = {"rounds": rounds, "ratios": ratios}
+        record(f"cpu-rest{args.name}", flags, "INT4 with a head in INT8 or INT4", {}, found)
 
 
 def record(name: str, flags: str, model: str, versions: dict, content: dict) -> None:

@@ -147,8 +147,16 @@ def main() -> None:
         found = {s: torture(s, folder, args.kills, args.steps, args.save_every, rng) for s in FLAGS}
     if args.record:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        from demo import cpu
+
         command = f"python bench/kills.py --kills {args.kills} --steps {args.steps} --record"
-        content = {"command": command, "commit": commit.stdout.strip(), "torch": torch.__version__, "runs": found}
+        content = {
+            "command": command,
+            "commit": commit.stdout.strip(),
+            "machine": f"{cpu()}, {os.cpu_count()} cores",
+            "versions": {"torch": torch.__version__},
+            "runs": found,
+        }
         (ROOT / "bench" / "results" / "kills.json").write_text(json.dumps(content, indent=2) + "\n")
     sys.exit(0 if all(each["same"] for each in found.values()) else 1)
 

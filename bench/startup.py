@@ -44,12 +44,16 @@ def main() -> None:
     found = {what: {"median": statistics.median(s), "least": min(s), "most": max(s)} for what, s in seconds.items()}
     print(json.dumps(found, indent=2))
     if args.record:
+        from importlib.metadata import version
+
         from demo import cpu
 
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         content = {
             "command": "python bench/startup.py --record",
+            "commit": commit.stdout.strip(),
             "machine": f"{cpu()}, {os.cpu_count()} cores",
-            "versions": {"python": platform.python_version()},
+            "versions": {"python": platform.python_version(), "torch": version("torch")},
             "processor_seconds": found,
         }
         (ROOT / "bench" / "results" / "startup.json").write_text(json.dumps(content, indent=2) + "\n")

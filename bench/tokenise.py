@@ -1,6 +1,6 @@
 """Tokenising a large data set: ours, with templates, masks and the cache, beside `tokenizers.encode_batch` alone.
 
-    python bench/tokenise.py --record            # a generated file of 1 GB, 500,000 chats; about 15 minutes on 2 cores
+    python bench/tokenise.py --record            # a generated file of 1 GB, 456,000 chats; about 15 minutes on 2 cores
 
 Rounds alternate between the two, each in a process of its own. encode_batch is given the rendered texts, some
 thousand at a time, and only it is timed; ours is everything from the file to the first item.

@@ -4,12 +4,13 @@
     python bench/train.py --record --plan        # the memory of a 7B, on fake tensors; a minute
     python bench/train.py --record --gpu         # a 7B of random weights on one GPU; under 10 minutes, no network
 
-The model on the CPU is of Mistral's proportions, in fp32, with LoRA of rank 16 on every linear. SFT is measured against
-transformers' Trainer with peft (padded to the longest of a batch, grouped by length), DPO against trl's DPOTrainer as
-its documentation runs it, but in fp32. Lengths are drawn like those of SlimOrca and orca_dpo_pairs, whose files have
-1,900 and 2,800 bytes a record. First both sides take 20 steps with the same batches, and their losses are compared;
-then each measurement is an epoch in a process of its own, and rounds alternate. Both take the same examples; the peer's
-SFT batches are grouped as transformers' sampler groups a large data set: 50 batches at a time are sorted by length.
+The model on the CPU is of Mistral's proportions, in fp32, with LoRA of rank 16 on every linear. SFT is measured
+against transformers' Trainer with peft (padded to the longest of a batch, grouped by length), DPO against trl's
+DPOTrainer as its documentation runs it, but in fp32, and without its default of gradient checkpointing ("stored").
+Lengths are drawn like those of SlimOrca and orca_dpo_pairs, whose files have 1,900 and 2,800 bytes a record. First
+both sides take 20 steps with the same batches, and their losses are compared; then each measurement is an epoch in a
+process of its own, and rounds alternate. Both take the same examples; the peer's SFT batches are grouped as
+transformers' sampler groups a large data set: 50 batches at a time are sorted by length.
 """
 
 import argparse
@@ -449,6 +450,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["sft", "dpo"], help="one of the two")
     parser.add_argument("--no-check", action="store_true", help="leave out the comparison of losses")
     parser.add_argument("--record", action="store_true", help="write bench/results/train-cpu.json")
+    parser.add_argument("--name", default="", help="of the machine, after train-cpu: --name=-avx2")
     parser.add_argument("--scratch", type=Path, help="keep the model and the comparison here, to use them again")
     parser.add_argument("--plan", action="store_true", help="a 7B on fake tensors: bench/results/train-plan.json")
     parser.add_argument("--gpu", action="store_true", help="a 7B on a GPU: bench/results/train-cuda.json")
@@ -490,24 +492,24 @@ def main() -> None:
             apart["commit"] = commit()
             print(f"{what}: losses of {CHECKED} steps differ by at most {apart[what]:.1e}", flush=True)
             known.write_text(json.dumps(apart))
-        rounds = [
-            {what: {who: measure(what, who, folder, args.steps) for who in ("ours", "theirs")} for what in kinds}
-            for _ in range(args.rounds)
-        ]
-        stored = measure("dpo", "stored", folder, args.steps) if "dpo" in kinds else None
+        sides = {"sft": ["ours", "theirs"], "dpo": ["ours", "theirs", "stored"]}
+        rounds = []
+        for i in range(args.rounds):  # there and back: a drift favours each of them in turn
+            turn = {what: sides[what][:: -1 if i % 2 else 1] for what in kinds}
+            rounds.append({what: {who: measure(what, who, folder, args.steps) for who in turn[what]} for what in kinds})
     ratios = {}
     for what in kinds:
-        sides = [(found[what]["ours"], found[what]["theirs"]) for found in rounds]
-        ratios[f"{what}_speed"] = spread([a["rate"] / b["rate"] for a, b in sides])
-        ratios[f"{what}_memory"] = spread([a["peak_gib"] / b["peak_gib"] for a, b in sides])
+        for peer in sides[what][1:]:
+            pairs, end = [(found[what]["ours"], found[what][peer]) for found in rounds], "_stored" * (peer == "stored")
+            ratios[f"{what}_speed{end}"] = spread([a["rate"] / b["rate"] for a, b in pairs])
+            ratios[f"{what}_memory{end}"] = spread([a["peak_gib"] / b["peak_gib"] for a, b in pairs])
     for name, value in ratios.items():
         print(f"{name}: {value}")
     if args.record:
-        for found in (stored or {}, *(run for one in rounds for sides in one.values() for run in sides.values())):
+        for found in (run for one in rounds for each in one.values() for run in each.values()):
             found.pop("losses", None)
         model = f"{LAYERS} layers of width {HIDDEN}, {VOCAB} tokens, fp32; LoRA of rank {RANK} on every linear"
-        found = {"model": model, "losses_differ_by": apart, "rounds": rounds, "trl_without_checkpointing": stored}
-        write("cpu", {**found, "ratios": ratios})
+        write(f"cpu{args.name}", {"model": model, "losses_differ_by": apart, "rounds": rounds, "ratios": ratios})
 
 
 def commit() -> str | None:
