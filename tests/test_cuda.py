@@ -258,6 +258,8 @@ def make(quantised, G=32, symmetric=True, window=None, kind=torch.bfloat16 if CA
         "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": 1 << 16,
+        "rope_theta": 500.0,
+        "rms_norm_eps": 0.1,
     } | shape
     model = Mistral(Config(**shape, sliding_window=window)).requires_grad_(False)
     model.init_weights(0)

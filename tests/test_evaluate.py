@@ -388,6 +388,21 @@ def test_a_part_that_fails_takes_no_other_score_with_it(base, tmp_path, monkeypa
     assert stop.value.code == 2 and "| perplexity |" in out and "another tokenizer" in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "flags, length, stride", [((), 16, 8), (("--length", 20), 20, 10), (("--length", 20, "--stride", 7), 20, 7)]
+)
+def test_windows_of_a_text_are_the_flags(base, tmp_path, monkeypatch, capsys, flags, length, stride):
+    text = "The sum of 1 and 2 is 3. " * 9
+    (tmp_path / "t.txt").write_text(text)
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate", "--model", str(base), "--text", str(tmp_path / "t.txt"), "--json", *map(str, flags)]
+    )
+    cli.run(evaluate.main)
+    model, tokenizer = minichat.load(base)  # whose window is of 16 tokens
+    expected = evaluate.perplexity(model, tokenizer, text, length, stride, 64)
+    assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_several_scores_make_one_table(base, tmp_path, monkeypatch, capsys, as_json):
     (tmp_path / "t.txt").write_text("The sum of 1 and 2 is 3. " * 9)

@@ -30,7 +30,8 @@ def isa(request):
 
 def make(H=8, KvH=2, Hd=32, inner=192, window=None, exact=True, symmetric=True, bits=4):
     torch.manual_seed(0)
-    model = Mistral(Config(97, 256, inner, 3, H, KvH, Hd, window, 4096))
+    # other constants than Config's defaults, large enough to show
+    model = Mistral(Config(97, 256, inner, 3, H, KvH, Hd, window, 4096, rope_theta=500.0, rms_norm_eps=0.1))
     model.init_weights(1)
     for weight in model.parameters():
         weight.data = weight * 3 if weight.dim() > 1 else weight + 0.2 * torch.randn_like(weight)

@@ -455,6 +455,15 @@ def test_an_adapter_of_another_file_has_another_fingerprint(tmp_path):
     assert one == same != other
 
 
+def test_a_fingerprint_is_of_all_parts_of_a_file(tmp_path):
+    """A merge changes linears: perhaps not the beginning of a shard, where header and embedding are, nor its end."""
+    content = bytearray(8 << 20)
+    (tmp_path / "a").write_bytes(content)
+    content[3 << 20 : 5 << 20] = b"\1" * (2 << 20)
+    (tmp_path / "b").write_bytes(content)
+    assert lora.fingerprint(tmp_path / "a") != lora.fingerprint(tmp_path / "b")
+
+
 def edit_config(**changes):
     def edit(folder):
         file = folder / lora.CONFIG

@@ -105,6 +105,7 @@ def test_a_recipe_is_its_card(name, base, tmp_path, monkeypatch):
     record = card["record"]
     (tmp_path / "d.jsonl").write_text("".join(f"{json.dumps(record)}\n" for _ in range(8)))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINICHAT_CACHE", str(tmp_path / "cache"))
     flags = ["--model", str(base), "--data", "d.jsonl", "--steps", "3", "--out", "out", "--dtype", "float32"]
     flags += ["--eval-data", "d.jsonl"] if "eval_data" in card else []
     flags += ["--group-size", "32"] if card.get("int4") == "nf4" else []  # the small model has widths of 96
@@ -160,6 +161,13 @@ def test_a_recipe_names_its_model_and_data(name, monkeypatch):
     if card.get("int4") == "nf4":  # groups that the small model above has no widths for
         assert cli.scheme(args) == int4.Scheme(group_size=64, nf4=True)
     assert args.save_every > 0 and args.dtype in ("bfloat16", None)
+
+
+def test_the_recipe_of_the_embedded_base_is_taken(monkeypatch):
+    parse = runpy.run_path(str(ROOT / "train.py"))["parse"]
+    monkeypatch.setattr(sys, "argv", ["train.py", f"@{ROOT / 'recipes' / 'base.args'}"])
+    args = parse()
+    assert args.full and args.from_config and args.save_dtype == "bfloat16"
 
 
 def test_docs_name_recipes_and_flags_that_are_there(monkeypatch):

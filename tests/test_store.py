@@ -16,7 +16,7 @@ from minichat import chat, data, sources, store
 from minichat.assets import sums
 from minichat.cli import BASE
 from minichat.errors import BadInput
-from minichat.examples import Dpo, Report, Sft, encode
+from minichat.examples import Dpo, Example, Report, Sft, encode
 from minichat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(BASE)
@@ -103,16 +103,19 @@ def test_what_decides_the_items_decides_what_is_found_again(folder, large, monke
     assert store.load(moved, ENCODERS["sft"])[0][0].where == f"{folder / 'c.jsonl'}:1"
 
 
-def test_large_vocabularies_take_wider_numbers(folder):
+def test_large_vocabularies_take_wider_numbers(folder, monkeypatch):
     tokenizer = Tokenizer(BASE)
     tokenizer.vocab_size = 1 << 17
     block = store.work((0, "f", [(1, {"text": "1 + 2"})]), Sft(tokenizer, TEMPLATE, 50), True)
     assert block.tokens.dtype == np.uint32
     narrow = store.work((0, "f", [(1, {"text": "1 + 2"})]), Sft(TOKENIZER, TEMPLATE, 50), True)
     assert narrow.tokens.dtype == np.uint16 and narrow.tokens.tolist() == block.tokens.tolist()
-    tokenizer.vocab_size = 1 << 15  # the largest id still fits beside its mask
-    assert store.work((0, "f", []), Sft(tokenizer, TEMPLATE, 50), True).tokens.dtype == np.uint16
-    assert np.uint16((1 << 15) - 1) << 1 | 1 == (1 << 16) - 1
+    for vocab, kind in ((1 << 15, np.uint16), ((1 << 15) + 1, np.uint32), (50_257, np.uint32)):
+        tokenizer.vocab_size = vocab
+        last = Example([5, vocab - 1], [0, 1])  # the largest id has to fit beside its mask
+        monkeypatch.setattr(Sft, "__call__", lambda self, record, counts, last=last: [last])
+        block = store.work((0, "f", [(1, {"text": "1 + 2"})]), Sft(tokenizer, TEMPLATE, 50), True)
+        assert block.tokens.dtype == kind and block.tokens.tolist() == [5 << 1, (vocab - 1) << 1 | 1]
 
 
 # ---- what is wrong ----
