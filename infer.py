@@ -74,8 +74,6 @@ def main() -> None:
         raise BadInput("--speculate takes one prompt at a time: leave --batch-size out")
     if args.speculate:
         args.batch_size = 1
-    if hasattr(sys.stdout, "reconfigure"):  # an answer is not lost for a character that the output cannot encode
-        sys.stdout.reconfigure(errors="backslashreplace")
     model, tokenizer = cli.load(args, only_to_decode=True)
     talk = converse.Talk(args, model, tokenizer, sampling)
     if prompts is None:
@@ -110,6 +108,7 @@ def read_prompts(args) -> list[tuple[str, str]] | None:
         else:
             with open(args.file, encoding="utf-8") as file:
                 text = file.read()
+        text = text.removeprefix("\ufeff")  # some editors begin a file with it
         text.encode()  # some locales let bad bytes through, as lone surrogates
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         before = error.object[: error.start]

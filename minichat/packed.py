@@ -117,14 +117,20 @@ def _open(file: Path, folder: Path, scheme: quant.Scheme) -> Mistral:
                 N, K = module.out_features, module.in_features
                 codes, scale, zero = (tensors.get(f"{name}.{key}") for key in ("codes", "scale", "zero"))
                 blocks, words, groups = -(-N // 16), codes.shape[1], scale.shape[1]
-                sizes = codes.shape == (blocks, words, 16) and scale.shape == (blocks, groups, 16)
-                if not sizes or words not in (K // 8, K // 4) or K % (32 * groups):
+                fits = codes.shape == (blocks, words, 16) and scale.shape == (blocks, groups, 16)
+                fits &= codes.dtype == torch.int32 and scale.dtype in quant.reference.SCALE_DTYPES
+                fits &= zero is None or (zero.shape, zero.dtype) == (scale.shape, torch.uint8)
+                if not fits or words not in (K // 8, K // 4) or K % (32 * groups):
                     raise KeyError(f"{name} does not fit")
                 packed = quant.Packed(codes, scale, zero, N, K, K // groups, 32 * words // K)
                 setattr(model.get_submodule(parent), leaf, quant.Int4Linear(packed, "cpu"))
             elif f"{name}.weight" == EMBEDDING:
+                if tensors[EMBEDDING].shape != module.weight.shape:
+                    raise KeyError(f"{name} does not fit")
                 model.model.embed_tokens = _Rows(file, module.weight.shape)
             elif (weight := tensors.get(f"{name}.weight")) is not None:
+                if (weight.shape, weight.dtype) != (module.weight.shape, torch.float32):
+                    raise KeyError(f"{name} does not fit")
                 module.weight = nn.Parameter(weight, requires_grad=False)
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             raise KeyError("not all weights are there")

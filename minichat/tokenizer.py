@@ -141,7 +141,7 @@ class Tokenizer:
                     shutil.copyfile(self.folder / name, folder / name)
                 else:
                     (folder / name).unlink(missing_ok=True)  # of the tokenizer that was here before
-        stops = list(self.stop_ids if stop_ids is None else stop_ids)
+        stops = list(stop_ids or self.stop_ids)
         pad_id = self._tokenizer.token_to_id(self.special_tokens.get("pad_token", ""))
         ids = {"bos_token_id": self.bos_id, "eos_token_id": stops if len(stops) > 1 else stops[0]}
         ids["pad_token_id"] = pad_id
@@ -352,8 +352,8 @@ class TextStream:
 
     def put(self, id: int) -> str:
         """The text that token `id` lets us print, perhaps none."""
-        self._tokenizer._check([id])
-        if self.stopped or id in self._tokenizer._special_ids:
+        # rows of an embedding that is padded are no tokens, but may be drawn
+        if self.stopped or id in self._tokenizer._special_ids or id >= self._tokenizer.vocab_size:
             return ""
         piece = self._tokenizer._piece(id, first=self._first)
         self._first = False

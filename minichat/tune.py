@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="cuda or cuda:N")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 32], help="at a time")
     args = parser.parse_args()
+    if not 1 <= min(args.tokens) <= max(args.tokens) <= 128:
+        raise BadInput(f"--tokens {' '.join(map(str, args.tokens))}; the kernel takes from 1 to 128 at a time")
     where = devices.pick(args.device)
     if where.type != "cuda":
         raise BadInput(f"--device {args.device} is {where.type} here; tiles are tuned on a GPU")

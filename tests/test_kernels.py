@@ -442,6 +442,7 @@ def test_other_devices_take_a_kernel_that_runs_there():
         ({"CXX": "", "PATH": "/nonexistent"}, "no C++ compiler among"),
         ({"CXX": "/nonexistent/g++"}, "/nonexistent/g++"),
         ({"CXX": "false"}, "false"),
+        ({"CXX": "sh -c 'echo no tools >&2; exit 1'"}, "no tools"),
         ({"MINICHAT_CACHE": "/dev/null/cache"}, "/dev/null"),
     ],
 )
@@ -485,6 +486,13 @@ def test_what_was_compiled_runs_where_no_compiler_is(compiled, monkeypatch, tmp_
     rebuilt(monkeypatch)
     assert kernels.for_device(torch.device("cpu")) is reference
     assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_other_options_are_another_library(compiled, monkeypatch):
+    known = cpu._build()
+    monkeypatch.setenv("CXX", f"{cpu._compiler()[0]} -DNOTHING")
+    monkeypatch.setattr(cpu.os, "replace", lambda built, path: None)
+    assert cpu._build().name != known.name
 
 
 def test_what_does_not_compile_means_the_reference(compiled, monkeypatch, tmp_path, capfd):

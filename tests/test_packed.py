@@ -1,5 +1,7 @@
 """An INT4 model from the cache is the one that was put there."""
 
+import itertools
+
 import pytest
 import torch
 from test_tokenizer import write
@@ -21,7 +23,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MINICHAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cpu, "_build", lambda: built)
     tokenizer = Tokenizer(write(tmp_path / "tokenizer"))
-    model = Mistral(Config(tokenizer.vocab_size, 128, 128, 2, 4, 2, 32, 16, 512))
+    model = Mistral(Config(tokenizer.vocab_size, 128, 128, 2, 4, 2, 32, 16, 512, rope_theta=500.0))
     model.init_weights(0)
     save(model.bfloat16(), tokenizer, tmp_path / "model")
     return tmp_path / "model"
@@ -119,6 +121,26 @@ def test_a_damaged_file_is_named(folder, tmp_path, damage):
     with pytest.raises(BadInput, match="delete it") as error:
         load(folder)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        *itertools.product(("model.norm.weight", "zero", "scale", "codes"), ("shape", "dtype")),
+        ("model.embed_tokens.weight", "shape"),  # its rows are cast to whatever asks for them
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_told(folder, tmp_path, name, how):
+    """Or the kernel would read beyond it."""
+    scheme = int4.Scheme(4, 32, False)
+    load(folder, int4=scheme)
+    [file] = kept(tmp_path)
+    tensors = {key: tensor.clone() for key, tensor in files.read_mapped(file).items()}
+    key = next(key for key in tensors if key.endswith(name))
+    changed = tensors[key][:-1] if how == "shape" else tensors[key].to(torch.float64)
+    files.write_mapped({**tensors, key: changed}, file)
+    with pytest.raises(BadInput, match="delete it"):
+        load(folder, int4=scheme)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatch, capfd):

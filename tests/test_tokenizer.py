@@ -344,8 +344,13 @@ def test_ids_beyond_the_vocabulary(ids):
     tokenizer = built()
     with pytest.raises(BadInput, match="beyond the vocabulary"):
         tokenizer.decode(ids)
-    with pytest.raises(BadInput, match="beyond the vocabulary"):
-        TextStream(tokenizer).put(ids[-1])
+
+
+def test_rows_of_an_embedding_that_are_no_tokens_are_no_text():
+    tokenizer = built()
+    stream = TextStream(tokenizer)
+    ids = tokenizer.encode("hello there")
+    assert "".join(map(stream.put, [*ids[:1], tokenizer.vocab_size, *ids[1:], 10**6])) + stream.flush() == "hello there"
 
 
 def test_text_that_is_no_unicode():
@@ -487,6 +492,8 @@ def test_what_is_saved_knows_the_models_ids(tmp_path, names, model, generation, 
     assert saved.special_tokens == tokenizer.special_tokens
     tokenizer.save(tmp_path / "b", stop_ids=(2, 11))  # of a template that ends its answers with 11
     assert set(Tokenizer(tmp_path / "b").stop_ids) == {2, 11}
+    tokenizer.save(tmp_path / "b", stop_ids=())
+    assert Tokenizer(tmp_path / "b").stop_ids == stop_ids
 
 
 def test_save_of_files_that_have_gone(tmp_path):

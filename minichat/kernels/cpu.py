@@ -225,13 +225,14 @@ def _build() -> Path:
     folder = cache_folder()
     try:
         compiler = _compiler()
-        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         # no compiler here, but perhaps there was one where the cache comes from (the build stage of a container)
         if built := sorted(folder.glob(f"cpu-{source[:16]}-*.so")):
             return built[0]
         raise
-    path = folder / f"cpu-{source[:16]}-{hashlib.sha256(version).hexdigest()[:8]}.so"
+    compiled_by = hashlib.sha256(repr((compiler[1:], version)).encode()).hexdigest()  # $CXX may bring options
+    path = folder / f"cpu-{source[:16]}-{compiled_by[:8]}.so"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
