@@ -62,9 +62,11 @@ class Checkpoints:
         return bool(distributed.largest(bool(self.asked or first)))
 
     def _is_best(self, record: dict) -> bool:
-        known = [known["eval_loss"] for _, known in read(self.folder) if known["eval_loss"] is not None]
         loss = record.get("eval_loss", math.nan)
-        return math.isfinite(loss) and all(loss < other for other in known)
+        if not math.isfinite(loss):
+            return False
+        known = [known["eval_loss"] for _, known in read(self.folder, whole=False)]
+        return all(loss < other for other in known if other is not None)
 
     def save(self, step: int, model: nn.Module, optimizer: AdamW, metrics: Metrics, record: dict) -> None:
         """Write step-N and delete what is not kept. Raises BadInput, and leaves all as it was, if it fails.
@@ -80,8 +82,8 @@ class Checkpoints:
 
     def _write(self, target: Path, tensors: dict[str, Tensor], step: int, metrics: Metrics, record: dict) -> None:
         with files.appearing(target) as new:
-            self.save_model(new)
-            files.write_tensors({key: value.cpu() for key, value in tensors.items()}, new / TENSORS)
+            self.save_model(new)  # which looks whether weights are finite: the step's loss is of those before it
+            files.write_tensors({key: value.cpu() for key, value in tensors.items()}, new / TENSORS, finite=True)
             score = record.get("eval_loss", math.nan)
             known = {"step": step, "tokens": record["tokens"], "eval_loss": score if math.isfinite(score) else None}
             files.write_json(new / STATE, {**known, "metrics": metrics.position(), "run": self.run})
@@ -110,7 +112,7 @@ class Checkpoints:
         return known["step"], known["tokens"]
 
     def _superseded(self) -> list[Path]:
-        found = read(self.folder)
+        found = read(self.folder, whole=False)
         scored = [each for each in found if each[1]["eval_loss"] is not None]
         best = [min(scored, key=lambda each: each[1]["eval_loss"])] if scored else []  # the first of equals
         kept = [path for path, _ in found[-self.keep :] + best]
@@ -147,8 +149,9 @@ def _random(rank: int) -> str:
     return f"random{rank or ''}."
 
 
-def read(folder: Path) -> list[tuple[Path, dict]]:
-    """The checkpoints of a run's folder and what is known of each, in the order of their steps."""
+def read(folder: Path, whole: bool = True) -> list[tuple[Path, dict]]:
+    """The checkpoints of a run's folder and what is known of each, in the order of their steps. One that cannot be read
+    is BadInput, or without `whole` passed over: somebody may be deleting it while the run goes on."""
     found = []
     for path in (folder / FOLDER).glob("step-*"):
         if re.fullmatch(r"step-[0-9]+", path.name):
@@ -156,9 +159,10 @@ def read(folder: Path) -> list[tuple[Path, dict]]:
                 known = files.read_json(path / STATE)
             except BadInput:
                 known = {}
-            if not _is_state(known):
+            if _is_state(known):
+                found.append((path, known))
+            elif whole:
                 raise BadInput(f"{path / STATE} is not a checkpoint's; delete {path}, and --resume goes on before it")
-            found.append((path, known))
     return sorted(found, key=lambda each: each[1]["step"])
 
 

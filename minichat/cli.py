@@ -264,11 +264,11 @@ def check_training(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be a finite number")
-    positive = ("batch_size", "accumulate", "epochs", "log_every", "max_length", "lr", "keep")
+    positive = ("batch_size", "accumulate", "epochs", "log_every", "max_length", "lr", "keep", "eps", "lora_alpha")
     for name in positive:
         if not getattr(args, name) > 0:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
-    for name in ("warmup", "clip", "weight_decay", "eval_every", "save_every", "eps"):
+    for name in ("warmup", "clip", "weight_decay", "eval_every", "save_every"):
         if getattr(args, name) < 0:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it cannot be negative")
     if not all(0 <= beta < 1 for beta in args.betas):
@@ -286,6 +286,8 @@ def check_training(args: argparse.Namespace) -> None:
         raise BadInput(f"--epochs is {args.epochs:g}; with --pack, at most 1,000: give --steps")
     if args.full and (args.int4 or args.rslora):
         raise BadInput("--full trains float weights: it goes with neither --int4 nor --rslora")
+    if args.save_dtype and not args.full:
+        raise BadInput("--save-dtype is of whole models, --full; an adapter is saved in float32")
     if args.adapter and not args.full:  # the new one would be saved as if it had been trained over --model alone
         raise BadInput(f"an adapter over another: give that one's folder as the model, --model {args.adapter}")
     for spec in (*(args.data or ()), *(args.eval_data or ())):
@@ -433,6 +435,8 @@ def load(args: argparse.Namespace, only_to_decode: bool = False):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: bad input and failing disks are one line and exit code 2, Ctrl-C is 130."""
+    if hasattr(sys.stdout, "reconfigure"):  # a result is not lost for a character that the output cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             main()

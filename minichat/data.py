@@ -27,12 +27,13 @@ class Batch:
 class Mix(Sequence):
     """The items of one or several sources, and which of them an epoch takes.
 
-    weights: the sources' shares of an epoch, which is as long as it can be with no item taken twice; the next one
-    takes others as long as there are any. None: every epoch takes all items. Raises BadInput if only some have one.
+    weights: the sources' shares of an epoch, which is as long as it can be with no item taken twice. Of a source that
+    is more than that, the next epoch takes others, until fewer are left than it needs: then it draws from all again.
+    None: every epoch takes all items. Raises BadInput if only some have one.
     """
 
     def __init__(self, parts: Sequence[Sequence], weights: Sequence[float | None] | None = None):
-        self.parts = parts
+        self.parts = list(parts)
         self.sizes = [len(part) for part in parts]
         self.starts = [0, *itertools.accumulate(self.sizes)]
         given = [weight is not None for weight in weights or ()]

@@ -10,6 +10,7 @@ here does anything.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,8 @@ def start(where: torch.device) -> None:
     """Meet the other processes, if the environment says that there are any."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         dist.init_process_group(device.collective(where))
-        _host.append(dist.new_group(backend="gloo"))
+        # they wait for what the first one does alone: 30 minutes, the default, are too few to tokenise or to save much
+        _host.append(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
 
 
 def stop() -> None:

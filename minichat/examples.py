@@ -133,7 +133,8 @@ class Sft:
         ids = [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(text) + [tokenizer.eos_id]
         for start in range(0, len(ids), longest):
             piece = ids[start : start + longest]
-            yield piece, [1] * len(piece)
+            if start == 0 or len(piece) > 1:  # what follows from nothing cannot be learnt
+                yield piece, [1] * len(piece)
         counts["texts cut into pieces"] += len(ids) > longest
 
     def _chat(self, messages: list[dict], counts: Counter) -> Iterator[tuple]:

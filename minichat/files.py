@@ -58,16 +58,22 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character as JSON writes it
 
 
-def write_tensors(tensors: dict, path: Path, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(tensors: dict, path: Path, metadata: dict[str, str] | None = None, finite: bool = False) -> None:
     """Write a safetensors file. Equal tensors and metadata make equal bytes: a fingerprint tells files apart by them,
     and the safetensors library writes several metadata in another order each time. Raises BadInput naming the file if
-    it cannot be written, TypeError if metadata are no strings.
+    it cannot be written, or if numbers have to be finite and one is not; TypeError if metadata are no strings.
     """
+    from torch.linalg import vector_norm as norm
+
     metadata = {"format": "pt", **(metadata or {})}
     if not all(isinstance(value, str) for value in metadata.values()):
         raise TypeError(f"metadata {metadata}; a safetensors file holds strings alone")
     # wide types first: a tensor of a narrow one may end anywhere
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
+    for name, tensor in ordered.items() if finite else ():
+        # of NaN the norm is NaN; and unlike isfinite(), it makes no tensor
+        if tensor.is_floating_point() and tensor.numel() and not norm(tensor, math.inf).isfinite():
+            raise BadInput(f"{path}: {name} is not finite: not saved; the training has diverged, a lower --lr may help")
     try:
         with path.open("wb") as file:
             _write(file, ordered, {"__metadata__": dict(sorted(metadata.items()))})
@@ -231,16 +237,22 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
     """A new folder to write files into, which take their place in `folder` together when all of them are whole.
 
     The file called `last`, by which a reader knows the folder, comes last. A file that matches a pattern of `stale`
-    and was not written again is deleted. If writing fails, `folder` is as it was; a disk that is full is BadInput.
+    and was not written again is deleted. If writing fails, `folder` is as it was; a disk that is full is BadInput. What
+    a process that died had begun goes.
     """
     folder = Path(folder)
     scratch, absent = None, []
     try:
         absent = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
         folder.mkdir(parents=True, exist_ok=True)
+        for begun in folder.glob(f"{PART}*"):
+            if not (begun / _OLD).exists():  # or it may hold what was to be replaced
+                with suppress(BadInput, OSError), alone(begun):
+                    shutil.rmtree(begun)
         scratch = Path(tempfile.mkdtemp(prefix=PART, dir=folder))
-        yield scratch
-        _swap(scratch, folder, last, stale)
+        with alone(scratch):
+            yield scratch
+            _swap(scratch, folder, last, stale)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror or error}") from None
     except BadInput as error:

@@ -352,7 +352,8 @@ def load(
 def save(model: nn.Module, folder: str | Path, base: str | None = None, metadata: dict[str, str] | None = None) -> None:
     """Write the adapter as PEFT's adapter_model.safetensors and adapter_config.json.
 
-    base: what it was trained over (base_model_name_or_path). metadata: strings for the safetensors header.
+    base: what it was trained over (base_model_name_or_path). metadata: strings for the safetensors header. Raises
+    BadInput if there is none, if a weight is not finite, or if a file cannot be written.
     """
     modules = adapted(model)
     if not modules:
@@ -380,7 +381,7 @@ def save(model: nn.Module, folder: str | Path, base: str | None = None, metadata
         "modules_to_save": None,
     }
     with files.staged(folder, last=CONFIG) as new:
-        files.write_tensors(tensors, new / WEIGHTS, metadata)
+        files.write_tensors(tensors, new / WEIGHTS, metadata, finite=True)
         files.write_json(new / CONFIG, config)
 
 

@@ -33,7 +33,7 @@ from minichat.assets import sums
 from minichat.console import show
 from minichat.errors import BadInput
 from minichat.examples import Dpo, Report, Sft
-from minichat.model import Mistral
+from minichat.model import Mistral, without_weights
 from minichat.tokenizer import Tokenizer
 from minichat.version import __version__
 
@@ -59,10 +59,16 @@ def new_model(args: argparse.Namespace) -> tuple[Mistral, Tokenizer]:
     config, tokenizer = weights.read_config(folder), Tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise BadInput(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, config.json {config.vocab_size}")
-    model = Mistral(config)
-    model.init_weights(args.seed)
+    dtype = cli.torch_dtype(args.dtype) or device.default_dtype(where)
+    if args.plan or not device.holds_values(where):
+        model = without_weights(config)
+        weights.imagine(model, torch.device("meta") if args.plan else where, dtype, None)
+    else:
+        model = Mistral(config)
+        model.init_weights(args.seed)
+        model.to(where, dtype)
     model.source = model.identity = model.scheme = None
-    return model.to(where, cli.torch_dtype(args.dtype) or device.default_dtype(where)), tokenizer
+    return model, tokenizer
 
 
 def embedded(args: argparse.Namespace, what: str) -> Iterator[dict]:
@@ -173,8 +179,7 @@ def train(
     if args.plan:
         return
     if referenced:
-        with distributed.first_alone():  # others find it in the cache
-            add_reference(args, model, tokenizer, method, (items, eval_items), settings, run)
+        add_reference(args, model, tokenizer, method, (items, eval_items), settings, run)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = training.count_steps(items, settings)
     several = f" in {distributed.world()} processes" if distributed.world() > 1 else ""
@@ -247,7 +252,8 @@ def begin(args: argparse.Namespace, what: str, resumes: bool, bad: Sequence[str]
     if args.data is None:
         sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
     if bad:
-        (args.out / "bad-records.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
+        text = "".join(f"{line}\n" for line in bad)  # whose files may have names that are no Unicode
+        (args.out / "bad-records.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def add_reference(
@@ -260,7 +266,8 @@ def add_reference(
     run: dict,
 ) -> None:
     """Give the pairs that the run will see their log-probs under the reference, computed once and kept in the cache, by
-    all that decides them. mixes: to train on, and held out. Raises BadInput for a --reference with another tokenizer.
+    all that decides them. mixes: to train on, and held out. Of several processes each computes a share, and the first
+    one writes. Raises BadInput for a --reference with another tokenizer.
     """
     reference = model
     if args.reference:
@@ -268,8 +275,9 @@ def add_reference(
         reference, other = weights.load_model(args.reference, args.device, model.dtype, cli.scheme(args))
         if other.fingerprint != tokenizer.fingerprint:
             raise BadInput(f"--reference {args.reference} has another tokenizer than {args.model}: its ids mean others")
+        lora.freeze(reference)  # an adapter beside INT4 weights is of the reference: only the one that trains is off
     adapter = args.adapter and not args.reference and weights.identity(weights.resolve(args.adapter))
-    known = [reference.identity, adapter, str(reference.scheme), str(reference.dtype), str(model.device),
+    known = [2, reference.identity, adapter, str(reference.scheme), str(reference.dtype), str(model.device),
              args.loss == "ipo", args.batch_size, run["tokenizer and template"], __version__]  # fmt: skip
     train, held_out = mixes
     for mix, seen in ((train, training.seen(train, settings)), (held_out, set(range(len(held_out))))):
@@ -278,7 +286,8 @@ def add_reference(
             which = [] if len(wanted) == len(part) else [wanted]
             key = hashlib.sha256(json.dumps([*known, part.fingerprint(), *which]).encode()).hexdigest()[:32]
             folder = files.cache_folder() / "reference" / key
-            if folder.exists():
+            missing = not (folder / REFERENCE).exists()
+            if not distributed.largest(missing):  # to none: one may have another disk, or have looked a moment earlier
                 say(f"the reference's log-probs are known: {folder}")
                 logps = files.read_tensors(folder / REFERENCE)["logps"]
             else:
@@ -288,8 +297,9 @@ def add_reference(
                 logps = torch.full((len(part), 2), torch.nan)  # for those that no step will see
                 if wanted:
                     logps[wanted] = training.reference_logps(reference, method, pairs, settings)
-                with files.appearing(folder) as new:
-                    files.write_tensors({"logps": logps}, new / REFERENCE)
+                if distributed.rank() == 0:
+                    with files.staged(folder, last=REFERENCE) as new:  # another run may write the same
+                        files.write_tensors({"logps": logps}, new / REFERENCE)
             mix.parts[i] = data.Referenced(part, logps)
 
 
@@ -300,6 +310,11 @@ def prepare(args: argparse.Namespace, model: Mistral) -> None:
         return
     lora.freeze(model)  # adapters over INT4 weights stay beside them, and this one goes over them
     targets = [name.strip() for name in args.lora_targets.split(",") if name.strip()]
+    if "lm_head" in targets and model.config.tie_word_embeddings and model.scheme is None:
+        raise BadInput(
+            f"--lora-targets lm_head: {args.model} shares its head with its embedding, so that nothing could merge the "
+            "adapter; leave lm_head out"
+        )
     lora.attach(model, args.lora_r, args.lora_alpha, args.lora_dropout, targets, args.rslora, seed=args.seed)
 
 
@@ -351,6 +366,9 @@ def describe_run(args: argparse.Namespace, model: Mistral, encoder: Sft | Dpo, p
     """What decides a run's numbers: a run that resumes with anything else would not be the same."""
     flags = {"--" + name.replace("_", "-"): value for name, value in vars(args).items() if name not in NOT_DECIDING}
     text = hashlib.sha256(f"{encoder.tokenizer.fingerprint} {encoder.template}".encode()).hexdigest()[:16]
+    for name in ("adapter", "reference"):  # the folder may hold another by now
+        if source := getattr(args, name, None):
+            flags[f"--{name}"] = f"{source} ({weights.identity(weights.resolve(source))})"
     run = {**flags, "the base": model.identity, "tokenizer and template": text}
     run |= {name: ", ".join(f"{len(part):,} records {part.fingerprint()}" for part in of) for name, of in parts.items()}
     if distributed.world() > 1:

@@ -50,8 +50,10 @@ def _found(spec: str) -> Source:
             weight = float(match[2])
         except ValueError:
             weight = -1.0
-        if not 0 < weight < float("inf"):
-            raise BadInput(f"--data {spec}: the weight {match[2]!r} after the colon must be a positive number")
+        if not 1e-9 <= weight <= 1e9:
+            raise BadInput(
+                f"--data {spec}: the weight {match[2]!r} after the colon must be a positive number (1e-9 to 1e9)"
+            )
     path = Path(name).expanduser()
     if not name.strip():
         raise BadInput("--data has an empty name; it takes files, folders and data sets of the hub")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from minichat import data, device, distributed, lora, losses, optim
 from minichat.checkpoint import Checkpoints, Stopped
+from minichat.console import speaks
 from minichat.errors import BadInput
 from minichat.examples import Pair
 from minichat.metrics import Metrics
@@ -118,17 +119,19 @@ def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, 
 
 @torch.no_grad()
 def reference_logps(model: nn.Module, method: Method, pairs: Sequence[Pair], settings: Settings) -> Tensor:
-    """The log-probs of the pairs' answers, (n, 2), under the model as it is now, without its adapter."""
+    """The log-probs of the pairs' answers, (n, 2), under the model as it is now, without its adapter. Several processes
+    share the work."""
     where = model.device
-    found = torch.empty(len(pairs), 2)
-    batches = list(data.by_length(data.lengths(pairs), settings.batch_size))
-    for rows in tqdm(batches, desc="reference", disable=None):  # None: no bar where nobody watches
+    found = torch.zeros(len(pairs), 2)
+    batches = data.by_length(data.lengths(pairs), settings.batch_size)[distributed.rank() :: distributed.world()]
+    # None: no bar where nobody watches
+    for rows in tqdm(batches, desc="reference", disable=None if speaks() else True):
         indices = [i for row in rows for i in row]
         batch = method.batch(_full([[pairs[i]] for i in indices], settings, where), device.padding(where))
         with lora.disabled(model) if lora.adapted(model) else nullcontext():
             logps = method.logps(model, on(where, batch.tensors)).float().cpu()
         found[indices] = logps.view(2, -1).T[: len(indices)]
-    return found
+    return sum(each["logps"] for each in distributed.gathered({"logps": found}))
 
 
 def with_reference(model: nn.Module, method: Method, pairs: Sequence[Pair], settings: Settings) -> data.Referenced:
@@ -165,7 +168,7 @@ def fit(
     torch.manual_seed(settings.seed + distributed.rank())  # dropout is another one in each process
     warmup = 0 if settings.warmup * total < 1 else settings.warmup  # its one step, at rate 0, would be the run
     model.train()
-    pending = _Pending(settings.log_every, (*method.keys, "grad_norm"), where)
+    pending = _Pending(min(settings.log_every, total), (*method.keys, "grad_norm"), where)
     done, tokens, last = 0, 0, {}
     compiled, expected = device.graphs_compiled(), 0  # before; and by the first logged step and by evaluation
     if resume:
@@ -248,7 +251,7 @@ class _Pending:
                 shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
                 raise BadInput(
                     f"the loss or its gradient is not finite at step {step} (loss {means['loss']}); "
-                    f"its records: {shown}; nothing was saved; try a lower --lr"
+                    f"its records: {shown}; it is not saved; try a lower --lr, from the beginning"
                 )
         self.steps.clear()
         return found[-1] if found else {}

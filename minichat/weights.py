@@ -92,10 +92,19 @@ def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    wanted = {"revision": revision, "allow_patterns": wanted, "ignore_patterns": "consolidated*"}
+    refused = HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError
+    unreached = None
     try:
-        at = snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns="consolidated*")
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        why = textwrap.shorten(str(error), 300, placeholder=" …")
+        try:
+            at = snapshot_download(repo, **wanted)
+        except refused:
+            raise
+        except Exception as error:  # of whichever HTTP library this version of the hub's package uses
+            unreached = error
+            at = snapshot_download(repo, **wanted, local_files_only=True)
+    except refused as error:
+        why = textwrap.shorten(str(unreached or error), 300, placeholder=" …")
         raise BadInput(f"{repo}: no such folder here, and the hub gave none: {why}") from None
     if not any(Path(at).glob("*.safetensors")):
         how = TO_SAFETENSORS.replace("MODEL", repo).replace("FOLDER", repo.split("/")[1])
@@ -449,7 +458,8 @@ def save_model(
     dtype: of the float weights on disk, None is what they are. template: the chat template to write as the model's
     own (Jinja). stop_ids: what ends an answer (None: the tokenizer's). INT4 linears are written in compressed-tensors'
     pack-quantized format. What the folder held before is replaced when all files are written, so one that fails
-    leaves it as it was. Raises BadInput if an adapter is attached and not merged, or if a file cannot be written.
+    leaves it as it was. Raises BadInput if an adapter is attached and not merged, if a weight is not finite, or if a
+    file cannot be written.
     """
     if adapted(model) or any(isinstance(module, Frozen) for module in model.modules()):
         raise BadInput(
@@ -474,7 +484,7 @@ def save_model(
     stream = _tensors(model, dtype)
     with staged(folder, last="config.json", stale=("model*.safetensors", INDEX, *TOKENIZER_FILES)) as new:
         for file, shard in zip(names, shards):
-            write_tensors(dict(next(stream) for _ in shard), new / file)
+            write_tensors(dict(next(stream) for _ in shard), new / file, finite=True)
         if len(shards) > 1:
             weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
             write_json(new / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})

@@ -179,6 +179,20 @@ def test_one_that_is_half_deleted_is_none(tmp_path, monkeypatch):
     assert not list((tmp_path / "run" / "checkpoints").glob(".part-*"))
 
 
+def test_one_that_somebody_deletes_does_not_stop_the_run(tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)
+    saved = Checkpoints(tmp_path / "run", {}, lambda new: None, every=4, keep=1)
+    optimizer = optimizer_with_state(training.optim.AdamW(adapted()))
+    with Metrics(None, 99, "test") as metrics:
+        for step in range(2, 10):
+            record = {"eval_loss": 1 / step}
+            assert saved.due(step, record)
+            saved.save(step, adapted(), optimizer, metrics, {"tokens": 1, **record})
+    assert [known["step"] for _, known in checkpoint.read(tmp_path / "run", whole=False)] == [9]
+    with pytest.raises(BadInput, match="step-1.*is not a checkpoint's"):
+        checkpoint.read(tmp_path / "run")
+
+
 # ---- what interrupts ----
 
 

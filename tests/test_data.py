@@ -73,6 +73,8 @@ def test_weights_are_the_shares_of_an_epoch():
     assert mix([1] * 100, [2] * 90, weights=[7, 3]).counts == both.counts  # shares, whatever they add up to
     assert mix([1] * 100, [2] * 90).counts == [100, 90]
     assert mix([1] * 3, [2] * 1000, weights=[1, 1e-6]).counts == [3, 1]
+    assert mix([1] * 3, [2] * 1000, weights=[1e9, 1e-9]).counts == [3, 1]
+    assert mix([1] * 3, [2] * 1000, weights=[1e-9, 1e9]).counts == [1, 1000]
     with pytest.raises(BadInput, match="some have none"):
         mix([1], [2], weights=[0.5, None])
 

@@ -25,6 +25,7 @@ from minichat.examples import Example, Pair
 from minichat.metrics import Metrics
 
 distributed.start(torch.device("cpu"))
+distributed.PIECE = 100  # less than most gradients have: they are added up in several pieces
 folder, rank, world = Path(sys.argv[1]), distributed.rank(), distributed.world()
 draw = torch.Generator().manual_seed(0)
 ids = lambda n: torch.randint(3, 97, (n,), generator=draw).tolist()
@@ -54,7 +55,10 @@ def run(kind, name, dropout=0.0, full=False, stop=None, resume=False, steps=None
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 found = {"sft": run("sft", "sft"), "full": run("sft", "full", full=True), "dpo": run("dpo", "dpo")}
+logps = training.reference_logps(make(), training.dpo(), items["dpo"], training.Settings(batch_size=2))
+found["reference"] = {"logps": logps}
 whole = run("sft", "whole", dropout=0.3, steps=5)
+seed = torch.initial_seed()
 run("sft", "parts", dropout=0.3, stop=2, steps=5)  # one process is asked to stop, and both save
 assert (folder / "parts/checkpoints/step-2").exists() or rank
 parts = run("sft", "parts", dropout=0.3, resume=True, steps=5)
@@ -62,7 +66,7 @@ same = all(torch.equal(whole[name], parts[name]) for name in whole)
 alike = [distributed.largest(int(p.sum() * 1e6)) == int(p.sum() * 1e6) for p in whole.values()]
 if rank == 0:
     torch.save(found, folder / "weights.pt")
-print(json.dumps({"rank": rank, "same": same, "alike": all(alike)}), flush=True)
+print(json.dumps({"rank": rank, "same": same, "alike": all(alike), "seed": seed}), flush=True)
 distributed.stop()
 """
 
@@ -83,11 +87,13 @@ def test_two_processes_are_one_of_the_same_batch(tmp_path):
         told = [json.loads(line) for line in done.stdout.splitlines()]
         assert sorted(each["rank"] for each in told) == list(range(processes))
         assert all(each["same"] and each["alike"] for each in told)
+        assert len({each["seed"] for each in told}) == processes  # of dropout
         assert done.stderr.count("dpo 3/3") == 1  # one process tells
     one, two = (torch.load(tmp_path / n / "weights.pt") for n in "12")
-    for kind in ("sft", "full", "dpo"):
+    for kind in ("sft", "full", "dpo", "reference"):
         for name, expected in one[kind].items():
             torch.testing.assert_close(two[kind][name], expected, rtol=1e-4, atol=2e-5, msg=f"{kind} {name}")
+    for kind in ("sft", "full", "dpo"):
         lines = [(tmp_path / n / kind / "metrics.jsonl").read_text().splitlines() for n in "12"]
         assert len(lines[0]) == len(lines[1]) == 3
         for a, b in zip(*(map(json.loads, each) for each in lines)):

@@ -53,6 +53,24 @@ def text(ids):
     return TOKENIZER.decode(ids, skip_special=False)
 
 
+def test_a_prompt_loses_its_beginning_to_max_prompt_length():
+    turns = [user("one two three four five six seven"), said("eight nine")]
+    [whole], _ = sft({"messages": turns})
+    first = whole.mask.index(1)
+    for longest in (first - 1, 5, 1):
+        [cut], report = sft({"messages": turns}, max_prompt_length=longest)
+        assert (cut.ids, cut.mask) == (whole.ids[first - longest :], whole.mask[first - longest :])
+        assert report.counts["prompts cut on the left"] == 1
+    [same], report = sft({"messages": turns}, max_prompt_length=first)
+    assert same.ids == whole.ids and not report.counts
+
+
+def test_an_end_that_nothing_comes_before_is_no_piece():
+    [whole], _ = sft({"text": "one two three four"})
+    pieces, report = sft({"text": "one two three four"}, max_length=len(whole) - 1)
+    assert [e.ids for e in pieces] == [whole.ids[:-1]] and not report.counts["dropped: no target within --max-length"]
+
+
 # ---- formats ----
 
 

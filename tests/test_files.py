@@ -1,10 +1,12 @@
 """Folders that are written whole or not at all, and one line for what is wrong with a file."""
 
 import errno
+import math
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from minichat import files
 from minichat.errors import BadInput
@@ -44,6 +46,21 @@ def test_staged_files_take_their_place_together(folder):
     with staged(folder.parent / "a" / "b", last="x") as new:
         write(new, "x")
     assert content(folder.parent / "a" / "b") == {"x": "new"}
+
+
+def test_what_a_killed_process_had_begun_goes(folder):
+    """Not what another one is writing, nor what may hold the only copy of what was to be replaced."""
+    dead, moved = folder / ".part-dead", folder / ".part-moved"
+    for left in (dead, moved / ".old"):
+        left.mkdir(parents=True)
+        write(left, "a")
+    with staged(folder, last="config.json") as one:
+        write(one, "config.json")
+        with staged(folder, last="config.json") as other:
+            assert one.exists() and not dead.exists()
+            write(other, "config.json")
+    assert (moved / ".old" / "a").exists()
+    assert {path.name for path in folder.glob(".part-*")} == {moved.name}
 
 
 @pytest.mark.parametrize("names", [("config.json", "a", "z"), ("a", "config.json", "z"), ("z", "a", "config.json")])
@@ -149,8 +166,6 @@ def test_a_folder_is_never_stale(folder):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
 def test_a_file_that_cannot_be_written_is_named(folder):
-    import torch
-
     for size in (1, 1 << 20):  # one fails as it is closed, one as it is written
         with pytest.raises(BadInput) as error, staged(folder, last="config.json") as new:
             (new / "model-1.bin").symlink_to("/dev/full")
@@ -161,7 +176,6 @@ def test_a_file_that_cannot_be_written_is_named(folder):
 
 def test_tensors_of_every_type_as_the_library_reads_them(tmp_path):
     """Odd sizes before wide types, an empty tensor, one without dimensions, one that is a view; names beyond ASCII."""
-    import torch
     from safetensors import safe_open
     from safetensors.torch import load_file
 
@@ -183,6 +197,17 @@ def test_tensors_of_every_type_as_the_library_reads_them(tmp_path):
         files.write_tensors(tensors, tmp_path / "b", {"step": 1})
     files.write_tensors(tensors, tmp_path / "c", {"path": os.fsdecode(b"b\xe9")})  # no UTF-8, which the library refuses
     assert load_file(tmp_path / "c").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_has_to_be_finite_is(tmp_path, bad, dtype):
+    tensors = {"a": torch.arange(5), "b": torch.zeros(0), "c": torch.randn(300, 3).to(dtype) * 100}
+    files.write_tensors(tensors, tmp_path / "x", finite=True)
+    tensors["c"][17, 1] = bad
+    with pytest.raises(BadInput, match="y: c is not finite"):
+        files.write_tensors(tensors, tmp_path / "y", finite=True)
+    files.write_tensors(tensors, tmp_path / "y")
 
 
 def test_a_file_in_the_place_of_the_folder(folder):

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -175,8 +176,12 @@ def test_models_by_hub_id(hub, tmp_path):
     dead = "http://127.0.0.1:9"
     offline = load(tmp_path, dead, "owner/name", "owner/name@v2.0", "owner/none", HF_HUB_OFFLINE="1")
     assert offline[:2] == [main, v2] and "owner/none" in offline[2] and "\n" not in offline[2]
-    down = load(tmp_path, dead, "owner/name")
-    assert down == [main]
+    assert load(tmp_path, dead, "owner/name") == [main]
+    with socket.create_server(("127.0.0.1", 0)) as server:  # that hangs up on everybody
+        rude = f"http://127.0.0.1:{server.getsockname()[1]}"
+        threading.Thread(target=lambda: [server.accept()[0].close() for _ in iter(int, 1)], daemon=True).start()
+        known, none = load(tmp_path, rude, "owner/name", "owner/none")
+    assert known == main and "owner/none" in none and "\n" not in none
     (tmp_path / "new").mkdir()
     [refused] = load(tmp_path / "new", endpoint, "owner/gated")
     assert "owner/gated" in refused and "\n" not in refused

@@ -12,6 +12,7 @@ import re
 import resource
 import runpy
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,12 +26,28 @@ from helpers import make
 from safetensors.torch import load_file, save_file
 
 import minichat
-from minichat import chat, cli, evaluate, examples, fused, generation, lora, sources, store, training, weights
+from minichat import (
+    chat,
+    cli,
+    device,
+    evaluate,
+    examples,
+    fused,
+    generation,
+    lora,
+    metrics,
+    packed,
+    sources,
+    store,
+    training,
+    weights,
+)
 from minichat import files as locks
 from minichat.assets import sums
 from minichat.errors import BadInput
 from minichat.int4 import Scheme
 from minichat.kernels import cpu
+from minichat.model import Decoder, Mistral
 from minichat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -38,9 +55,11 @@ LN2 = math.log(2)
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, tmp_path_factory, monkeypatch, capsys):
     """run(script, *flags, stdin="") -> (exit code, stdout, stderr), in this process and in tmp_path."""
     monkeypatch.chdir(tmp_path)
+    cpu.available()  # compiles into the user's cache; what else is kept, of whatever code, is not for this one
+    monkeypatch.setenv("MINICHAT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
     def call(script, *flags, stdin=""):
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, flags)])
@@ -123,15 +142,22 @@ PAIRS = ("--max-prompt-length", 100)
 # ---- runs ----
 
 
-def test_a_plan_says_what_a_run_needs_and_writes_nothing(run, base, files, tmp_path):
+def test_a_plan_says_what_a_run_needs_and_writes_nothing(run, base, files, tmp_path, monkeypatch):
     """Also what a budget leaves to compute again; a run with --tflops says what it was beside the plan."""
     flags = ("--model", base, "--data", files["sft"], "--out", "a", *SHORT)
     code, _, err = run("train.py", *flags, "--plan", "--tflops", 2)
     assert code == 0, err
     plan, time = (line for line in err.splitlines() if "plan:" in line)
+    flop, hours = (float(re.search(rf"([\d.e-]+) {unit}", time)[1].replace(",", "")) for unit in ("PFLOP", "h at 2"))
+    assert hours * 3600 * 2e12 == pytest.approx(flop * 1e15, rel=0.1)
     assert re.search(r"GFLOP per token; a micro-batch of [\d,]+ tokens holds [\d.]+ MiB \(weights", plan)
     assert re.search(r"3 steps, [\d,]+ tokens, [\d.,e-]+ PFLOP, [\d.,e-]+ h at 2 TFLOP/s", time)
     assert not Path("a").exists()
+    with monkeypatch.context() as nothing_drawn:
+        nothing_drawn.setattr(Mistral, "init_weights", raiser(AssertionError))
+        fresh = ("--full", "--from-config", base, "--data", files["text"], "--out", "a", *SHORT)
+        code, _, err = run("train.py", *fresh, "--plan")
+    assert code == 0 and "GFLOP per token" in err, err
     code, _, err = run("train.py", *flags, "--plan", "--memory-budget", 0.0001)
     assert code == 2 and "everything computed again" in err.splitlines()[-1]
     code, _, err = run("train.py", *flags, "--memory-budget", 1, "--tflops", 2)
@@ -139,24 +165,53 @@ def test_a_plan_says_what_a_run_needs_and_writes_nothing(run, base, files, tmp_p
     assert code == 0 and re.search(measured, err), err
 
 
-def test_a_reference_computed_once_is_the_reference(run, base, files, tmp_path, monkeypatch):
+def test_a_reference_computed_once_is_the_reference(run, base, files):
     """The same losses as beside it, from the cache in the second run; another model is another reference."""
-    monkeypatch.setenv("MINICHAT_CACHE", str(tmp_path / "cache"))
     flags = ("--model", base, "--data", files["pairs"], "--eval-data", files["pairs"], "--lr", 0.01, *SHORT, *PAIRS)
     losses, said = {}, {}
     for name, more in {"a": (), "b": ("--precompute-reference",), "c": ("--precompute-reference",)}.items():
         code, _, said[name] = run("dpo.py", *flags, *more, "--out", name)
         assert code == 0, said[name]
-        losses[name] = [record["loss"] for record in records(name)]
+        losses[name] = [record[key] for record in records(name) for key in ("loss", "eval_loss") if key in record]
     assert losses["b"] == pytest.approx(losses["a"], abs=1e-5) and losses["c"] == losses["b"]
     assert "of 12 of 24 pairs, once" in said["b"] and "log-probs of 24 pairs, once" in said["b"]
     assert "are known" in said["c"] and "pairs, once" not in said["c"]
+    for name, more in {"ipo": (), "ipo-known": ("--precompute-reference",)}.items():  # of means, not of sums
+        code, _, err = run("dpo.py", *flags, "--loss", "ipo", *more, "--out", name)
+        assert code == 0, err
+    assert [r["loss"] for r in records("ipo-known")] == pytest.approx([r["loss"] for r in records("ipo")], abs=1e-4)
     code, _, err = run("dpo.py", *flags, "--reference", "a", "--out", "d")
     assert code == 0, err
     first = records("d")[0]
     assert abs(first["loss"] - LN2) > 1e-4 and first["chosen_reward"] != 0
     code, _, err = run("dpo.py", *flags, "--reference", "a", "--reference-free", "--out", "e")
     assert code == 2 and "--reference-free" in err
+    flags = ("--model", base, "--data", files["pairs"], "--eval-split", 0.3, "--precompute-reference", *SHORT, *PAIRS)
+    code, _, err = run("dpo.py", *flags, "--out", "f")
+    assert code == 0 and math.isfinite(records("f")[-1]["eval_loss"]), err
+
+
+def test_a_reference_over_int4_has_its_own_adapter(done, base, files):
+    """It stays beside the quantised weights, but is a part of the reference: only what trains is off there."""
+    done("train.py", "--int4", "--model", base, "--data", files["sft"], "--lr", 0.05, "--out", "s", *SHORT)
+    flags = ("--int4", "--model", "s", "--data", files["pairs"], *SHORT, *PAIRS)
+    done("dpo.py", *flags, "--reference", "s", "--out", "same")
+    assert records("same")[0]["loss"] == pytest.approx(LN2, abs=1e-5)
+    done("dpo.py", *flags, "--reference", base, "--out", "other")
+    assert abs(records("other")[0]["loss"] - LN2) > 1e-3
+
+
+def test_a_run_resumes_with_the_reference_that_it_had(done, run, stopped, base, files):
+    done("train.py", "--model", base, "--data", files["sft"], "--out", "r", *SHORT)
+    flags = ("dpo.py", "--model", base, "--reference", "r", "--data", files["pairs"], "--out", "a", *SHORT, *PAIRS)
+    stopped(1, *flags)
+    shutil.move("r", "kept")
+    done("train.py", "--model", base, "--data", files["sft"], "--out", "r", "--lr", 0.01, *SHORT)
+    code, _, err = run(*flags, "--resume")
+    assert code == 2 and re.search(r"--reference is r \(\w+\), was r \(\w+\)", err), err
+    shutil.rmtree("r")
+    shutil.move("kept", "r")
+    done(*flags, "--resume")
 
 
 def test_train_then_dpo_then_infer(done, base, files):
@@ -479,6 +534,30 @@ def test_peft_does_not_take_the_second_adapter_for_one_over_the_base(done, base,
     torch.testing.assert_close(second(ids).logits, minichat.load("r")[0](ids), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's tracer
+def test_compiled_blocks_from_the_command_line(run, base, files, monkeypatch):
+    plain = device.compiler
+    monkeypatch.setattr(device, "compiler", lambda where: plain(where, "eager"))
+    code, _, err = run("train.py", "--model", base, "--data", files["sft"], "--compile", "--out", "a", *SHORT)
+    assert code == 0 and re.search(r"compiled: [1-9]\d* graphs, 0 of them after the first step", err), err
+
+
+def test_a_budget_is_kept_by_the_run(run, base, files):
+    """What the plan says is to be computed again is."""
+    flags = ("train.py", "--model", base, "--data", files["sft"], "--out", "a", *SHORT, "--memory-budget")
+    sizes = {}
+    for again in ((), ("--gradient-checkpointing",)):
+        _, _, err = run(*flags[:-1], *again, "--plan")
+        sizes[bool(again)] = float(re.search(r"holds ([\d.]+) MiB", err)[1])
+    assert sizes[True] < 0.9 * sizes[False]
+    seen, plain = [], Decoder.compute_again
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "compute_again", lambda self, *what: (seen.append(what), plain(self, *what))[1])
+        code, _, err = run(*flags, (sizes[True] + sizes[False]) / 2 / 1024)
+    assert code == 0 and seen[-1] != ("",) and any(seen[-1]), (seen, err)
+
+
 def test_a_run_of_one_step_learns(done, base, files):
     """A warm-up that is a share of less than a step would be that step, at rate 0."""
     done("train.py", "--model", base, "--data", files["sft"], "--out", "q", "--steps", 1, "--max-length", 256)
@@ -549,9 +628,9 @@ def test_a_run_that_fails_keeps_the_one_that_it_was_to_replace(done, run, base, 
 
 @pytest.fixture
 def stopped(run, monkeypatch):
-    """stopped(step, script, *flags): the run is asked to stop after this step, as Ctrl-C does."""
+    """stopped(step, script, *flags): the run is asked to stop after this step, as Ctrl-C does, or another signal."""
 
-    def call(step, *flags):
+    def call(step, *flags, by=signal.SIGINT):
         real = training.optim.AdamW.step
         count = 0
 
@@ -559,13 +638,13 @@ def stopped(run, monkeypatch):
             nonlocal count
             count += 1
             if count == step:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), by)
             return real(*args)
 
         with monkeypatch.context() as patch:
             patch.setattr(training.optim.AdamW, "step", counting)
             code, _, err = run(*flags)
-        assert code == 130 and f"stopped at step {step} of" in err and "--resume" in err
+        assert code == 128 + by and f"stopped at step {step} of" in err and "--resume" in err
         return err
 
     return call
@@ -625,6 +704,11 @@ def test_a_log_that_is_not_installed_is_told_before_anything_is_written(done, ru
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     code, _, err = run(*flags, "--overwrite", "--log", "wandb")
     assert code == 2 and "pip install 'minichat[wandb]'" in err and contents("a") == before
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name)
+    told = []
+    monkeypatch.setattr(metrics, "follower", lambda log, *_: lambda record: told.append((log, record["step"])))
+    done(*flags, "--overwrite", "--log", "wandb", "tensorboard")
+    assert told == [(log, step) for step in (1, 2, 3) for log in ("wandb", "tensorboard")]
 
 
 def test_the_share_of_packed_rows_counts_what_is_taken(done, run, base, files):
@@ -863,6 +947,8 @@ def test_answers_from_flags_a_file_and_a_pipe(done, base):
     assert done(*common, *flags) == done(*common, *flags, "--batch-size", 2) == several
     Path("prompts.txt").write_text("\n".join(prompts) + "\n\n", encoding="utf-8")
     assert done(*common, "--file", "prompts.txt") == several
+    Path("bom.txt").write_text("\n".join(prompts), encoding="utf-8-sig")
+    assert done(*common, "--file", "bom.txt") == several
     assert done(*common, stdin="\n".join(prompts)) == several
     assert done(*common, "--file", "-", stdin="\r\n".join(prompts)) == several
     joined = "a\u2028b\x0cc\x85d"  # one line, whatever str.splitlines() thinks
@@ -891,6 +977,33 @@ def test_stop_and_system_and_sampling(done, run, endless):
     seed = int(re.search(r"--seed (\d+)", err)[1])
     answer = json.loads(out)["answer"]
     assert answer not in drawn and json.loads(done(*common, "--temperature", 1, "--seed", seed))["answer"] == answer
+
+
+def test_sampling_and_cache_are_the_flags(done, run, base, monkeypatch):
+    seen, plain = [], generation.decode
+    monkeypatch.setattr(generation, "decode", lambda *args: (seen.append(args), plain(*args))[1])
+    common = ("infer.py", "--model", base, "--max-new-tokens", 2, "--prompt", "1 + 2")
+    drawn = ("--temperature", 0.7, "--top-k", 5, "--top-p", 0.9, "--min-p", 0.1, "--repetition-penalty", 1.2)
+    done(*common, *drawn, "--seed", 3, "--kv-cache", "int8")
+    done(*common, "--speculate")
+    assert seen[0][3] == generation.Sampling(0.7, 5, 0.9, 0.1, 1.2, 3)
+    assert [given[5:7] for given in seen] == [(False, torch.int8), (True, None)]
+    for flags in (("--temperature", 1), ("--repetition-penalty", 1.1), ("--batch-size", 2)):
+        code, _, err = run(*common, "--speculate", *flags)
+        assert code == 2 and "--speculate" in err
+
+
+def test_int4_is_kept_for_the_next_start(run, monkeypatch):
+    if not cpu.available():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(packed, "LARGE", 0)
+    said = [
+        run("infer.py", "--model", cli.BASE, "--int4", "--max-new-tokens", 4, "--prompt", "1 + 2") for _ in range(2)
+    ]
+    assert [("kept for the next start" in err, out) for _, out, err in said] == [
+        (True, said[0][1]),
+        (False, said[0][1]),
+    ]
 
 
 @pytest.mark.parametrize("script", ["infer.py", "evaluate"])
@@ -941,6 +1054,26 @@ def test_several_sources_bad_records_and_a_split(run, base, tmp_path):
     assert f"{len(held_a) + len(held_b)} records to evaluate on" in err and 20 < len(held_a) + len(held_b) < 60
     steps = math.ceil((len(b) + round(len(b) / 3)) / 4)  # all of b, a third as many of a
     assert f"{steps} steps" in err
+
+
+@pytest.mark.slow
+def test_a_file_whose_name_is_no_unicode(base, tmp_path):
+    name = os.fsdecode(b"\xe9.jsonl")
+    try:
+        (tmp_path / name).write_text('{"text": "1 + 1 = 2"}\n[1]\n')
+    except OSError:
+        pytest.skip("the file system takes no such name")
+    with start(ROOT / "train.py", "--model", base, "--data", name, "--out", "a", *SHORT, cwd=tmp_path) as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err.decode()
+    assert (tmp_path / "a/bad-records.txt").read_bytes().startswith(rb"\udce9.jsonl:2: ")
+
+
+def test_what_the_output_cannot_encode_is_not_lost(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    cli.run(lambda: print("| – |"))
+    assert written.getvalue() == rb"| \u2013 |" + b"\n"
 
 
 # ---- bad input: one line, exit code 2, nothing written ----
@@ -1008,6 +1141,12 @@ def error_of(result) -> str:
         ("train.py", ["--max-length", "1"], ["--max-length"]),
         ("train.py", ["--lr", "-1"], ["--lr", "-1"]),
         ("train.py", ["--lr", "nan"], ["--lr", "nan"]),
+        ("train.py", ["--eps", "0"], ["--eps", "0"]),
+        ("train.py", ["--lora-alpha", "0"], ["--lora-alpha", "0"]),
+        ("train.py", ["--save-dtype", "bfloat16"], ["--save-dtype", "--full"]),
+        ("train.py", ["--learn", "all", "--max-prompt-length", "9"], ["--max-prompt-length", "--learn all"]),
+        ("train.py", ["--data", "bad.jsonl:1e-320"], ["bad.jsonl:1e-320", "1e-9"]),
+        ("train.py", ["--model", "tied", "--lora-targets", "q_proj,lm_head"], ["lm_head", "embedding"]),
         ("train.py", ["--steps", "0"], ["--steps", "0"]),
         ("train.py", ["--epochs", "inf"], ["--epochs", "inf"]),
         ("train.py", ["--warmup", "-0.1"], ["--warmup"]),
@@ -1061,6 +1200,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(run, base, files, tmp_path
     shutil.copytree(base, tmp_path / "cut", dirs_exist_ok=True)
     os.truncate(tmp_path / "cut" / "model.safetensors", 30_000)
     (tmp_path / "latin1.txt").write_bytes("é\n".encode("latin1"))
+    if "tied" in flags:
+        shutil.copytree(base, tmp_path / "tied")
+        raw = json.loads((base / "config.json").read_text())
+        (tmp_path / "tied" / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": True}))
     data = {"train.py": files["sft"], "dpo.py": files["pairs"], "evaluate": files["test"]}
     flags = [flag.format(base=base, **files) for flag in flags]
     given = ["--model", base] if not {"--from-config"} & set(flags) else ["--full", "--model", base]
@@ -1105,6 +1248,15 @@ def test_a_mistake_is_no_bad_input(run, base, monkeypatch):
     monkeypatch.setattr(weights, "load_model", raiser(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
     with pytest.raises(RuntimeError, match="mat1"):
         run("infer.py", "--model", base, "--prompt", "x")
+
+
+@pytest.mark.parametrize("flags", [(), ("--full",)])
+def test_a_last_step_that_diverges_is_not_saved(run, base, files, flags):
+    """Its loss was finite: that of the weights before it."""
+    flags = ("--model", base, "--data", files["sft"], "--lr", 1e39, "--warmup", 0, "--steps", 1, "--out", "a", *flags)
+    code, _, err = run("train.py", *flags)
+    assert code == 2 and "is not finite: not saved" in err.splitlines()[-1] and len(records("a")) == 1
+    assert not list(Path("a").rglob("*.safetensors"))
 
 
 def test_a_run_that_diverges_has_its_log_and_nothing_to_load(run, base, files):
@@ -1258,6 +1410,11 @@ def test_the_embedded_default(tmp_path):
         return out.decode(), err.decode()
 
     command("train.py", "--steps", 2)
+    flags = json.loads((tmp_path / "runs/sft/config.json").read_text())["flags"]
+    words = shlex.split((cli.BASE.parent / "sft.args").read_text(), comments=True)
+    assert {"--lr", "--lora-r"} <= set(words)
+    for name, value in zip(words[::2], words[1::2]):
+        assert flags[name.removeprefix("--").replace("-", "_")] == float(value), name
     _, err = command("dpo.py", "--steps", 2)
     assert f"merged {tmp_path / 'runs/sft/adapter'}" in err or "merged runs/sft/adapter" in err
     assert records(tmp_path / "runs/dpo")[0]["loss"] == pytest.approx(LN2, abs=1e-6)

@@ -11,6 +11,7 @@ import torch
 from helpers import make, theirs
 
 from minichat import attention, data, device, int4, lora, losses, optim, training
+from minichat.checkpoint import Checkpoints
 from minichat.errors import BadInput
 from minichat.examples import Example, Pair
 from minichat.metrics import Metrics
@@ -39,10 +40,10 @@ def pairs(n=4, seed=0):
     return [Pair(some(2, 6), some(1, 9) + [EOS], some(1, 9) + [EOS], f"f:{i}") for i in range(n)]
 
 
-def fit(model, method, items, eval_items=None, folder=None, **changes):
+def fit(model, method, items, eval_items=None, folder=None, checkpoints=None, **changes):
     settings = Settings(**{"steps": 4, "batch_size": 2, "lr": 1e-2, "log_every": 1, **changes})
     with Metrics(folder, training.count_steps(data.Mix([items]), settings), "test") as metrics:
-        return training.fit(model, method, items, settings, metrics, eval_items)
+        return training.fit(model, method, items, settings, metrics, eval_items, checkpoints)
 
 
 def adapted(**settings):
@@ -322,6 +323,36 @@ def test_evaluation_and_logging_do_not_touch_the_run():
     fit(plain, training.sft(), examples(), log_every=100)
     fit(watched, training.sft(), examples(), examples(3, seed=1), eval_every=1)
     assert same(plain, watched)
+
+
+def test_the_optimiser_is_the_one_that_is_asked_for(monkeypatch):
+    built, plain = [], optim.AdamW.__init__
+    monkeypatch.setattr(optim.AdamW, "__init__", lambda self, *args: (built.append(self), plain(self, *args))[1])
+    models = [adapted() for _ in range(3)]
+    for model, how in zip(models, ({}, {"optimizer": "adamw8bit"}, {"offload": True})):
+        fit(model, training.sft(), examples(), **how)
+    assert [one.eight_bit for one in built] == [False, True, False]
+    assert [one.home for one in built] == [None, None, torch.device("cpu")]
+    assert same(models[0], models[2]) and not same(models[0], models[1])
+
+
+def test_the_rate_is_that_of_the_steps_since_the_last_line(tmp_path, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))  # one second from each look to the next
+    fit(adapted(), training.sft(), examples(), folder=tmp_path, log_every=2, steps=6)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    tokens = [0, *(line["tokens"] for line in lines)]
+    rates, seconds = [line["tokens_per_s"] for line in lines], [0, *(line["seconds"] for line in lines)]
+    assert [line["step"] for line in lines] == [1, 2, 4, 6] and tokens[2] - tokens[1] != tokens[1]
+    for i, rate in enumerate(rates):
+        assert rate in {round((tokens[i + 1] - tokens[i]) / took, 1) for took in (1, 2, 3)}, (i, seconds)
+
+
+def test_a_plan_is_of_the_largest_batch():
+    items = data.Mix([examples(20)])
+    settings = Settings(batch_size=2)
+    most = max(sum(len(items[i]) for row in rows for i in row) for [rows] in data.order(items, 2, 1, 42, 0))
+    assert training.largest(items, settings, training.sft(), torch.device("cpu")).tokens == most
 
 
 def test_gradient_checkpointing_gives_the_same_weights():
@@ -605,6 +636,18 @@ def test_a_gradient_that_is_not_finite_stops_too():
 
     with pytest.raises(BadInput, match="gradient is not finite at step 1"):
         fit(adapted(), training.Method(objective, data.sft_batch), examples())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The last update may break what no loss has seen: A's first gradient is 0, and 0 / (sqrt(0) + 0) is no number."""
+    saved = Checkpoints(tmp_path, {}, lambda new: None, every=1)
+    with pytest.raises(BadInput, match=r"state.safetensors: weight\..*lora_A.weight is not finite: not saved"):
+        fit(adapted(), training.sft(), examples(), steps=1, eps=0.0, checkpoints=saved)
+    assert not list(tmp_path.rglob("step-*"))
+
+
+def test_a_log_that_is_never_written_takes_no_memory():
+    fit(adapted(), training.sft(), examples(), steps=2, log_every=10**12)
 
 
 def test_nothing_to_learn_from_is_an_error():
