@@ -63,6 +63,15 @@ def test_the_step_is_the_model(isa, shape, dtype):
         column += T
 
 
+@pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+def test_the_cache_of_int4_is_in_bf16(monkeypatch):
+    made = []
+    monkeypatch.setattr(generation, "KVCache", lambda *args, **more: (made.append(args[4]), KVCache(*args, **more))[1])
+    for kv in (None, torch.float32, torch.int8):
+        generation.generate(make(), [[3, 4, 5]], 2, stop_ids=(), kv=kv)
+    assert made == [torch.bfloat16, torch.float32, torch.int8]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @torch.inference_mode()
 def test_keys_that_nobody_sees(isa, dtype):

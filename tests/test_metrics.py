@@ -231,3 +231,9 @@ def test_tensorboard_reads_what_is_followed(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(r["step"], pytest.approx(r["loss"])) for r in SFT]
     assert "step" not in events.Tags()["scalars"]
+    with Metrics(tmp_path, 4, "sft", True, [metrics.follower("tensorboard", tmp_path, {}, SFT[0]["step"])]) as out:
+        for record in SFT[1:]:  # a run that goes on after the first of them
+            out.write({**record, "loss": 7.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [record["step"] for record in SFT]
+    assert [e.value for e in events.Scalars("loss")][1:] == [7.0] * (len(SFT) - 1)

@@ -770,7 +770,7 @@ def test_resume_after_the_last_step_saves_the_result(done, run, base, files):
 
 
 def test_dpo_goes_over_a_checkpoint(done, stopped, base, files):
-    stopped(2, "train.py", "--model", base, "--data", files["sft"], "--out", "a", *SHORT)
+    stopped(2, "train.py", "--model", base, "--data", files["sft"], "--out", "a", *SHORT, by=signal.SIGTERM)
     done("dpo.py", "--model", "a/checkpoints/step-2", "--data", files["pairs"], "--out", "b", *SHORT, *PAIRS)
     named = json.loads(Path("b/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
     assert Path(named) == Path("a/checkpoints/step-2").resolve() or Path(named) == Path("a/checkpoints/step-2")
