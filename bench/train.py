@@ -1,6 +1,6 @@
 """Training: ours beside transformers + peft and trl, in one run, in turn.
 
-    python bench/train.py --record               # a model of 110 M weights on the CPU; about 40 minutes on 2 cores
+    python bench/train.py --record               # a model of 110 M weights on the CPU; about an hour on 2 cores
     python bench/train.py --record --plan        # the memory of a 7B, on fake tensors; a minute
     python bench/train.py --record --gpu         # a 7B of random weights on one GPU; under 10 minutes, no network
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ _DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16
 _DTYPES |= {"torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.bool": "BOOL"}
 _DTYPES |= {f"torch.{u}int{bits}": f"{u or 'i'}{bits}".upper() for u in ("", "u") for bits in (8, 16, 32, 64)}
 _OLD = ".old"  # in a folder that is being written: what it replaces
+_FORSAKEN = 86_400  # seconds without a new file after which nobody writes into such a folder any more
 
 
 def cache_folder() -> Path:
@@ -71,9 +73,12 @@ def write_tensors(tensors: dict, path: Path, metadata: dict[str, str] | None = N
     # wide types first: a tensor of a narrow one may end anywhere
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
     for name, tensor in ordered.items() if finite else ():
-        # of NaN the norm is NaN; and unlike isfinite(), it makes no tensor
-        if tensor.is_floating_point() and tensor.numel() and not norm(tensor, math.inf).isfinite():
-            raise BadInput(f"{path}: {name} is not finite: not saved; the training has diverged, a lower --lr may help")
+        if tensor.is_floating_point() and tensor.numel():
+            # of NaN the norm is NaN; and unlike isfinite(), it makes no tensor
+            wide = tensor if tensor.element_size() > 1 else tensor.float()
+            if not norm(wide, math.inf).isfinite():
+                why = "has the training diverged (a lower --lr helps), or is the dtype too narrow?"
+                raise BadInput(f"{path}: {name} is not finite in {tensor.dtype}: not saved; {why}")
     try:
         with path.open("wb") as file:
             _write(file, ordered, {"__metadata__": dict(sorted(metadata.items()))})
@@ -238,7 +243,7 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
 
     The file called `last`, by which a reader knows the folder, comes last. A file that matches a pattern of `stale`
     and was not written again is deleted. If writing fails, `folder` is as it was; a disk that is full is BadInput. What
-    a process that died had begun goes.
+    a process that died had begun goes a day later.
     """
     folder = Path(folder)
     scratch, absent = None, []
@@ -246,13 +251,12 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
         absent = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
         folder.mkdir(parents=True, exist_ok=True)
         for begun in folder.glob(f"{PART}*"):
-            if not (begun / _OLD).exists():  # or it may hold what was to be replaced
-                with suppress(BadInput, OSError), alone(begun):
+            with suppress(OSError):  # or it may hold what was to be replaced
+                if time.time() - begun.stat().st_mtime > _FORSAKEN and not (begun / _OLD).exists():
                     shutil.rmtree(begun)
         scratch = Path(tempfile.mkdtemp(prefix=PART, dir=folder))
-        with alone(scratch):
-            yield scratch
-            _swap(scratch, folder, last, stale)
+        yield scratch
+        _swap(scratch, folder, last, stale)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror or error}") from None
     except BadInput as error:

@@ -119,6 +119,8 @@ def _open(file: Path, folder: Path, scheme: quant.Scheme) -> Mistral:
                 blocks, words, groups = -(-N // 16), codes.shape[1], scale.shape[1]
                 fits = codes.shape == (blocks, words, 16) and scale.shape == (blocks, groups, 16)
                 fits &= codes.dtype == torch.int32 and scale.dtype in quant.reference.SCALE_DTYPES
+                quantised = scheme if quant.wanted(name, module, scheme) else HEAD
+                fits &= (zero is None) == quantised.symmetric
                 fits &= zero is None or (zero.shape, zero.dtype) == (scale.shape, torch.uint8)
                 if not fits or words not in (K // 8, K // 4) or K % (32 * groups):
                     raise KeyError(f"{name} does not fit")
@@ -134,6 +136,6 @@ def _open(file: Path, folder: Path, scheme: quant.Scheme) -> Mistral:
                 module.weight = nn.Parameter(weight, requires_grad=False)
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             raise KeyError("not all weights are there")
-    except (KeyError, AttributeError, RuntimeError) as error:
+    except (LookupError, AttributeError, RuntimeError) as error:
         raise BadInput(f"{file} is corrupt ({error}); delete it: it is made again") from None
     return model.eval()

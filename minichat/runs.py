@@ -149,7 +149,7 @@ def train(
     with distributed.first_alone():  # others find in the cache what it has tokenised
         items, eval_items, bad = read_data(args, encoder, what)
     run = describe_run(args, model, encoder, {"data": items.parts, "evaluation data": eval_items.parts})
-    found = checkpoint.read(args.out) if args.resume else []
+    found = checkpoint.read(args.out) if args.resume and not args.plan else []
     if found and (other := checkpoint.differences(run, found[-1][1]["run"])):
         raise BadInput(f"--resume: not the run in {args.out}: {'; '.join(other)}; resume it as it was, or --overwrite")
     settings = training.Settings(
@@ -277,7 +277,7 @@ def add_reference(
             raise BadInput(f"--reference {args.reference} has another tokenizer than {args.model}: its ids mean others")
         lora.freeze(reference)  # an adapter beside INT4 weights is of the reference: only the one that trains is off
     adapter = args.adapter and not args.reference and weights.identity(weights.resolve(args.adapter))
-    known = [2, reference.identity, adapter, str(reference.scheme), str(reference.dtype), str(model.device),
+    known = [2, reference.identity, adapter, str(reference.scheme), str(reference.dtype), model.device.type,
              args.loss == "ipo", args.batch_size, run["tokenizer and template"], __version__]  # fmt: skip
     train, held_out = mixes
     for mix, seen in ((train, training.seen(train, settings)), (held_out, set(range(len(held_out))))):
@@ -286,10 +286,11 @@ def add_reference(
             which = [] if len(wanted) == len(part) else [wanted]
             key = hashlib.sha256(json.dumps([*known, part.fingerprint(), *which]).encode()).hexdigest()[:32]
             folder = files.cache_folder() / "reference" / key
-            missing = not (folder / REFERENCE).exists()
-            if not distributed.largest(missing):  # to none: one may have another disk, or have looked a moment earlier
+            first = distributed.rank() == 0  # whose cache counts: another process may have another disk
+            if distributed.largest(first and (folder / REFERENCE).exists()):
                 say(f"the reference's log-probs are known: {folder}")
-                logps = files.read_tensors(folder / REFERENCE)["logps"]
+                logps = files.read_tensors(folder / REFERENCE)["logps"] if first else torch.empty(len(part), 2)
+                logps = distributed.gathered({"logps": logps})[0]["logps"]
             else:
                 some = f"{len(wanted):,} of " if which else ""
                 say(f"the reference's log-probs of {some}{len(part):,} pairs, once")
@@ -297,7 +298,7 @@ def add_reference(
                 logps = torch.full((len(part), 2), torch.nan)  # for those that no step will see
                 if wanted:
                     logps[wanted] = training.reference_logps(reference, method, pairs, settings)
-                if distributed.rank() == 0:
+                if first:
                     with files.staged(folder, last=REFERENCE) as new:  # another run may write the same
                         files.write_tensors({"logps": logps}, new / REFERENCE)
             mix.parts[i] = data.Referenced(part, logps)
@@ -367,7 +368,7 @@ def describe_run(args: argparse.Namespace, model: Mistral, encoder: Sft | Dpo, p
     flags = {"--" + name.replace("_", "-"): value for name, value in vars(args).items() if name not in NOT_DECIDING}
     text = hashlib.sha256(f"{encoder.tokenizer.fingerprint} {encoder.template}".encode()).hexdigest()[:16]
     for name in ("adapter", "reference"):  # the folder may hold another by now
-        if source := getattr(args, name, None):
+        if (source := getattr(args, name, None)) and not args.plan:
             flags[f"--{name}"] = f"{source} ({weights.identity(weights.resolve(source))})"
     run = {**flags, "the base": model.identity, "tokenizer and template": text}
     run |= {name: ", ".join(f"{len(part):,} records {part.fingerprint()}" for part in of) for name, of in parts.items()}

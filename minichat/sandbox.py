@@ -152,8 +152,6 @@ def _weigh(value: object, depth: int = 0) -> int:
             weight += _weigh(item, depth + 1)
             if weight > _LARGEST:
                 break
-    elif hasattr(type(value), "__iter__") and not isinstance(value, jinja2.Undefined):
-        raise _TooMuch(f"it takes a {type(value).__name__} as a value: nobody knows how much it holds")
     else:
         weight = 4
     if weight > _LARGEST:
@@ -170,6 +168,9 @@ def _made(value: object) -> object:
 
 def _amplifies(name: str, value: object, arguments: list) -> None:
     """Pay for a product beforehand: what replace, join and indent make is at most one argument for each character."""
+    for one in (value, *arguments):
+        if hasattr(type(one), "__iter__") and not isinstance(one, (*_SIZED, jinja2.Undefined)):
+            raise _TooMuch(f"it joins a {type(one).__name__}: nobody knows how much that holds")
     each = sum(abs(a) if isinstance(a, int) else _weigh(a) for a in arguments)
     _spend(_weigh(value) * (1 + each * (_DEEPEST if name == "tojson" else 1)))
 

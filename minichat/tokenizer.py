@@ -109,8 +109,12 @@ class Tokenizer:
         return encoding.ids, counts
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
-        """The text of `ids`. Bytes that are no UTF-8 become U+FFFD, but take no whole character with them."""
-        self._check(ids)
+        """The text of `ids`. Bytes that are no UTF-8 become U+FFFD, but take no whole character with them; ids beyond
+        the vocabulary are no text: an embedding may be padded with rows that no token has.
+        """
+        if min(ids, default=0) < 0:
+            raise BadInput(f"id {min(ids)} is negative; ids of tokens are 0 or more")
+        ids = [id for id in ids if id < self.vocab_size]
         text = self._decode(ids, skip_special)
         if "\ufffd" not in text:
             return text
@@ -263,11 +267,6 @@ class Tokenizer:
             self._pieces[id] = piece
         return piece
 
-    def _check(self, ids: list[int]) -> None:
-        if len(ids) and (min(ids) < 0 or max(ids) >= self.vocab_size):
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise BadInput(f"id {wrong} is beyond the vocabulary of {self.vocab_size}; is this the model's tokenizer?")
-
     def _ids(self, key: str, *configs: dict) -> list[int]:
         """The ids that the model's files give for `key`: one, several or none in each."""
         found = []
@@ -352,7 +351,6 @@ class TextStream:
 
     def put(self, id: int) -> str:
         """The text that token `id` lets us print, perhaps none."""
-        # rows of an embedding that is padded are no tokens, but may be drawn
         if self.stopped or id in self._tokenizer._special_ids or id >= self._tokenizer.vocab_size:
             return ""
         piece = self._tokenizer._piece(id, first=self._first)

@@ -497,12 +497,13 @@ def test_what_templates_in_use_need():
         "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join('+') }}"
         "{{ (messages | length) % 2 == 0 }}{{ strftime_now('%Y') | int > 2000 }}{{ 'x' is string and tools is none }}"
         "{% for k, v in {'b': 1}.items() %}{{ k ~ v }}{% endfor %}{{ messages[::-1][0].role }}"
+        "{% macro last(loop) %}{{ loop.last }}{% endmacro %}{% for m in messages[:1] %}{{ last(loop) }}{% endfor %}"
         "{{ 'a-b'.replace('-', '') }}{{ {'k': 2}.values() | join('+') }}"
         "{{ missing is defined }}{{ raise_exception is defined }}{{ (2, 3) | last }}{{ 'ab' * 2 }}{{ 7 // 2 ** 2 }}"
     )
     expected = (
         'USER: hello;ASSISTANT: hello, how are you?;2{"a": ["é", 1.5, null, true]}[  1,  2]hello there'
-        "FalseTrueTrueb1assistantab2FalseTrue3abab1"
+        "FalseTrueTrueb1assistantTrueab2FalseTrue3abab1"
     )
     assert text_of([SYSTEM, HELLO, ANSWER], template) == expected
     transformers = pytest.importorskip("transformers")

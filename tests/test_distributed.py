@@ -1,6 +1,7 @@
 """Two processes of gloo on the CPU are one process with twice the micro-batches."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -118,6 +119,34 @@ def test_the_script_under_torchrun(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert (tmp_path / "run" / "checkpoints" / "step-2" / "state.json").exists()
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+# dpo.py, where each process has a disk of its own
+APART = """
+import os, runpy, sys
+os.environ["MINICHAT_CACHE"] += os.environ["RANK"]
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_reference_is_computed_together_and_known_later(tmp_path, base):
+    (tmp_path / "program.py").write_text(APART.replace("sys.argv[1]", f"{str(ROOT / 'dpo.py')!r}"))
+    rows = [{"prompt": f"{i} + 1?", "chosen": f"It is {i + 1}.", "rejected": str(i)} for i in range(9)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [tmp_path / "program.py", "--model", base, "--data", tmp_path / "data.jsonl", "--precompute-reference"]
+    command += ["--steps", "2", "--batch-size", "2", "--log-every", "1", "--lora-dropout", "0", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MINICHAT_CACHE": str(tmp_path / "cache")}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    losses = []
+    for said in ("once", "are known"):
+        out = tmp_path / said.split()[-1]
+        done = subprocess.run([*map(str, command), "--out", out], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and done.stderr.count("the reference's log-probs") == 1, done.stderr[-3000:]
+        assert said in done.stderr
+        losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
+    assert losses[0] == losses[1] and losses[0][0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_alone_nothing_happens(monkeypatch):

@@ -54,6 +54,8 @@ def test_what_a_killed_process_had_begun_goes(folder):
     for left in (dead, moved / ".old"):
         left.mkdir(parents=True)
         write(left, "a")
+    for left in (dead, moved):
+        os.utime(left, (1, 1))
     with staged(folder, last="config.json") as one:
         write(one, "config.json")
         with staged(folder, last="config.json") as other:
@@ -200,12 +202,12 @@ def test_tensors_of_every_type_as_the_library_reads_them(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e5m2])
 def test_what_has_to_be_finite_is(tmp_path, bad, dtype):
-    tensors = {"a": torch.arange(5), "b": torch.zeros(0), "c": torch.randn(300, 3).to(dtype) * 100}
+    tensors = {"a": torch.arange(5), "b": torch.zeros(0), "c": (torch.randn(300, 3) * 100).to(dtype)}
     files.write_tensors(tensors, tmp_path / "x", finite=True)
     tensors["c"][17, 1] = bad
-    with pytest.raises(BadInput, match="y: c is not finite"):
+    with pytest.raises(BadInput, match=f"y: c is not finite in {dtype}: not saved"):
         files.write_tensors(tensors, tmp_path / "y", finite=True)
     files.write_tensors(tensors, tmp_path / "y")
 

@@ -488,11 +488,10 @@ def test_what_was_compiled_runs_where_no_compiler_is(compiled, monkeypatch, tmp_
     assert len(capfd.readouterr().err.splitlines()) == 1
 
 
-def test_other_options_are_another_library(compiled, monkeypatch):
-    known = cpu._build()
-    monkeypatch.setenv("CXX", f"{cpu._compiler()[0]} -DNOTHING")
-    monkeypatch.setattr(cpu.os, "replace", lambda built, path: None)
-    assert cpu._build().name != known.name
+def test_another_compiler_or_other_options_are_another_library():
+    makers = [(["g++"], "12"), (["g++"], "13"), (["g++", "-DA"], "12"), (["g++", "-DA", "-DB"], "12")]
+    assert len({cpu._made_by(*each) for each in makers}) == 4
+    assert cpu._made_by(["g++"], "12") == cpu._made_by(["/usr/bin/g++"], "12")
 
 
 def test_what_does_not_compile_means_the_reference(compiled, monkeypatch, tmp_path, capfd):

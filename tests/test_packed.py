@@ -126,8 +126,11 @@ def test_a_damaged_file_is_named(folder, tmp_path, damage):
 @pytest.mark.parametrize(
     "name, how",
     [
-        *itertools.product(("model.norm.weight", "zero", "scale", "codes"), ("shape", "dtype")),
-        ("model.embed_tokens.weight", "shape"),  # its rows are cast to whatever asks for them
+        *itertools.product(("model.norm.weight", "zero", "scale", "codes"), ("shape", "dtype", "dimension")),
+        *(
+            ("model.embed_tokens.weight", how) for how in ("shape", "dimension")
+        ),  # its rows are cast to what asks for them
+        ("zero", "none"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_told(folder, tmp_path, name, how):
@@ -137,8 +140,9 @@ def test_a_tensor_that_does_not_fit_is_told(folder, tmp_path, name, how):
     [file] = kept(tmp_path)
     tensors = {key: tensor.clone() for key, tensor in files.read_mapped(file).items()}
     key = next(key for key in tensors if key.endswith(name))
-    changed = tensors[key][:-1] if how == "shape" else tensors[key].to(torch.float64)
-    files.write_mapped({**tensors, key: changed}, file)
+    whole = tensors.pop(key)
+    changed = {"shape": whole[:-1], "dtype": whole.to(torch.float64), "dimension": whole[0], "none": None}[how]
+    files.write_mapped(tensors if changed is None else {**tensors, key: changed}, file)
     with pytest.raises(BadInput, match="delete it"):
         load(folder, int4=scheme)
 

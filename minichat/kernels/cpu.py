@@ -231,8 +231,7 @@ def _build() -> Path:
         if built := sorted(folder.glob(f"cpu-{source[:16]}-*.so")):
             return built[0]
         raise
-    compiled_by = hashlib.sha256(repr((compiler[1:], version)).encode()).hexdigest()  # $CXX may bring options
-    path = folder / f"cpu-{source[:16]}-{compiled_by[:8]}.so"
+    path = folder / f"cpu-{source[:16]}-{_made_by(compiler, version)}.so"
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,6 +247,11 @@ def _build() -> Path:
         built = compile_to(Path(scratch, path.name), *LINK, *objects)
         os.replace(built, path)  # whole or not at all, also when two processes build at once
     return path
+
+
+def _made_by(compiler: list[str], version: str) -> str:
+    """A hash of the compiler's version and of the options that $CXX brings."""
+    return hashlib.sha256(repr((compiler[1:], version)).encode()).hexdigest()[:8]
 
 
 def _compiler() -> list[str]:
