@@ -58,7 +58,8 @@ def _is_ours(packed: Packed) -> bool:
 
 
 def _columns(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The weight as (K, N), rounded once to `dtype`: by the bridge's operation where there is one."""
+    """The weight as (K, N), rounded once to `dtype`: by the bridge's operation where there is one. That wants the scale
+    in `dtype` too, so that one of fp16 or fp32 is rounded before."""
     zero = packed.zero
     operation = getattr(torch.ops.hpu, "convert_from_uint4", None) if packed.codes.device.type == "hpu" else None
     if operation is None:

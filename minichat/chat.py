@@ -297,7 +297,7 @@ def _said(answer: str, content: str) -> str:
 
 @functools.lru_cache
 def _read(path: str, mtime_ns: int) -> str:
-    return Path(path).read_text(encoding="utf-8")
+    return Path(path).read_text(encoding="utf-8-sig")
 
 
 def _text(

@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
         beside: where files lie; those that a file names lie beside it.
         """
-        takes = {flag for action in self._actions if action.nargs is None for flag in action.option_strings}
+        takes = {flag for action in self._actions if action.nargs in (None, "+") for flag in action.option_strings}
         found: list[str] = []
         for before, word in zip(["", *words], words):
             if not word.startswith("@") or before in takes:
@@ -71,7 +71,9 @@ class Parser(argparse.ArgumentParser):
             if depth == 8:
                 self.error(f"file of flags {file}: files in files without end")
             try:
-                inside = shlex.split(file.read_text(encoding="utf-8"), comments=True)
+                text = file.read_text(encoding="utf-8-sig")
+                # shlex would take the # of runs/a#1 for the beginning of a comment
+                inside = shlex.split(re.sub(r"""("[^"]*"|'[^']*')|(?<!\S)#.*""", lambda m: m[1] or "", text))
             except OSError as error:
                 self.error(f"file of flags {file}: {error.strerror}")
             except ValueError as error:
@@ -435,6 +437,8 @@ def load(args: argparse.Namespace, only_to_decode: bool = False):
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: bad input and failing disks are one line and exit code 2, Ctrl-C is 130."""
+    if sys.stderr is None:  # closed: print() would take standard output instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a result is not lost for a character that the output cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -15,5 +15,5 @@ def show(line: str) -> None:
         return
     try:
         print(line, file=sys.stderr, flush=True)
-    except BrokenPipeError:
+    except OSError:  # nor where the terminal is gone, or a disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 from minichat import cli
@@ -48,6 +49,13 @@ def last_number(text: str) -> str:
     return numbers[-1].replace(",", "") if numbers else text.strip()
 
 
+def same_answer(text: str, answer: str) -> bool:
+    """Whether their last numbers are equal, however they are written (5, 5.0), or the texts where there are none."""
+    found, wanted = last_number(text), last_number(answer)
+    numbers = found[-1:].isdecimal() and wanted[-1:].isdecimal()
+    return Decimal(found) == Decimal(wanted) if numbers else found == wanted
+
+
 def exact_match(model, tokenizer, records: Sequence[dict], template: str, batch_size: int, max_new_tokens: int) -> dict:
     """Greedy answers to {"question", "answer"} records: {"exact_match": share, "answers": the texts}."""
     from minichat import chat, generation
@@ -65,7 +73,7 @@ def exact_match(model, tokenizer, records: Sequence[dict], template: str, batch_
         )
         for i, answer in zip(rows, answers):
             texts[i] = answer.text
-    right = [last_number(text) == last_number(str(r["answer"])) for text, r in zip(texts, records)]
+    right = [same_answer(text, str(r["answer"])) for text, r in zip(texts, records)]
     return {"exact_match": sum(right) / len(right), "answers": texts}
 
 
@@ -154,7 +162,7 @@ def preferences(model, pairs: Sequence, batch_size: int, reference=None) -> dict
     scores = {
         "pairs": len(pairs),
         "preference accuracy, sum": sum(good[0] > bad[0] for good, bad in mine) / len(pairs),
-        "preference accuracy, mean": sum(good[0] / good[1] > bad[0] / bad[1] for good, bad in mine) / len(pairs),
+        "preference accuracy, mean": sum(_mean(good) > _mean(bad) for good, bad in mine) / len(pairs),
     }
     if reference is not None:
         theirs = pair_logps(reference, pairs, batch_size)
@@ -163,14 +171,20 @@ def preferences(model, pairs: Sequence, batch_size: int, reference=None) -> dict
     return scores
 
 
+def _mean(score: tuple[float, int, bool]) -> float:
+    """Log-probability per token; of an answer none of whose tokens follows from anything, 0."""
+    return score[0] / max(1, score[1])
+
+
 def table(scores: dict[str, float], beside: str | None = None) -> str:
-    """Scores as a Markdown table; beside: a model of PUBLISHED, whose numbers go next to them, in per cent."""
-    known = dict(zip(LEADERBOARD, PUBLISHED[beside])) if beside else {}
+    """Scores as a Markdown table; beside: a model of PUBLISHED, whose numbers go next to those of the same metric."""
+    metrics = [(task, metric) for task, (_, metric) in LEADERBOARD.items()]
+    known = dict(zip(metrics, PUBLISHED[beside])) if beside else {}
     lines = [f"| score | this model |{f' {beside}, its card |' if beside else ''}"]
     lines.append("| --- | ---: |" + " ---: |" * bool(beside))
     for name, value in scores.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-        theirs = known.get(name.split(",")[0])
+        theirs = known.get(tuple(name.replace(", ", ",").split(",")[:2]))
         lines.append(
             f"| {name} | {shown} |" + (f" {'–' if theirs is None else f'{theirs / 100:.4f}'} |" * bool(beside))
         )
@@ -186,19 +200,20 @@ def main() -> None:
     group = cli.chat_flags(parser)
     group.add_argument("--batch-size", type=int, default=64, help="questions or sequences at a time")
     group = parser.add_argument_group("questions")
-    group.add_argument("--data", metavar="SOURCE", help="questions and answers: share of greedy answers that match, "
-                       "by their last number, or else their whole text")  # fmt: skip
+    group.add_argument("--data", type=cli.source, metavar="SOURCE", help="questions and answers: share of greedy "
+                       "answers that match, by their last number, or else their whole text")  # fmt: skip
     group.add_argument("--max-new-tokens", type=int, default=256, help="tokens of an answer")
     group = parser.add_argument_group("a text")
-    group.add_argument("--text", metavar="FILE", help="perplexity, per token, and bits per byte")
+    group.add_argument("--text", type=cli.source, metavar="FILE", help="perplexity, per token, and bits per byte")
     group.add_argument("--length", type=int, help="tokens of a window (without it: the model's sliding window, or its "
                        "context, at most 4,096)")  # fmt: skip
     group.add_argument("--stride", type=int, help="tokens from one window to the next (without it: half of --length; "
                        "--length itself reads chunk by chunk, faster)")  # fmt: skip
     group = parser.add_argument_group("preferences")
-    group.add_argument("--pairs", metavar="SOURCE", help="records as dpo.py reads them: how often the chosen answer is "
-                       "the more likely one")  # fmt: skip
-    group.add_argument("--reference", metavar="SOURCE", help="a model: how often the chosen answer gained more over it")
+    group.add_argument("--pairs", type=cli.source, metavar="SOURCE", help="records as dpo.py reads them: how often the "
+                       "chosen answer is the more likely one")  # fmt: skip
+    group.add_argument("--reference", type=cli.source, metavar="SOURCE", help="a model: how often the chosen answer "
+                       "gained more over it")  # fmt: skip
     group.add_argument("--max-length", type=int, default=1536, help="tokens of a prompt and its answer")
     group.add_argument("--max-prompt-length", type=int, default=1024, help="tokens, longer ones lose their beginning")
     group = parser.add_argument_group("tasks of lm-eval")
@@ -251,13 +266,18 @@ def main() -> None:
         (args.pairs, lambda: _preferences(args, model, tokenizer, template)),
         (tasks, tasks_done),
     )
-    for asked, part in parts:
-        try:
-            scores |= part() if asked else {}
-        except BadInput as error:  # the scores of the other parts may have taken hours
-            failed.append(str(error))
-    if scores:
-        print(json.dumps({"model": str(args.model), **scores, **answers}) if args.json else table(scores, args.beside))
+    try:
+        for asked, part in parts:
+            try:
+                scores |= part() if asked else {}
+            except BadInput as error:
+                failed.append(str(error))
+    finally:  # whatever ends one part, the scores of the others may have taken hours
+        if scores and args.json:
+            numbers = {name: value if math.isfinite(value) else None for name, value in scores.items()}
+            print(json.dumps({"model": str(args.model), **numbers, **answers}))
+        elif scores:
+            print(table(scores, args.beside))
     if failed:
         raise BadInput("; ".join(failed))
 
@@ -302,7 +322,7 @@ def _questions(source: str) -> list[dict]:
 
 def _text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text: byte {error.start}") from None
 
@@ -340,7 +360,7 @@ def _tasks(args):
     """The tasks that the flags ask for. Raises BadInput without lm-eval, and for one that it does not know."""
     try:
         from minichat import harness
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise BadInput(f"tasks need lm-eval ({error}): pip install 'minichat[eval]'") from None
     return harness.Tasks(args)
 

@@ -14,6 +14,7 @@ from minichat import kernels
 from minichat.attention import rotary
 from minichat.cache import KVCache
 from minichat.console import show
+from minichat.int4 import Int4Linear
 from minichat.kernels import cpu
 
 MOST_TOKENS = 32  # of prompts in one call: bounds its scratch, and 128 are 1 % faster
@@ -47,8 +48,8 @@ def fits(model: nn.Module) -> bool:
     """Whether the CPU's step computes this model: fp32, every linear of its blocks in the C++ kernel's INT4 or INT8,
     all of one scheme, with nothing attached to them."""
     linears = [block.get_submodule(name) for block in model.model.layers for name in LINEARS]
-    # neither a bias nor an adapter: those are parameters
-    if not all("codes" in x._buffers and x.kernel == "cpu" and not list(x.parameters()) for x in linears):
+    # with neither a bias, which is a parameter, nor an adapter, which makes it another class
+    if not all(type(x) is Int4Linear and x.kernel == "cpu" and not list(x.parameters()) for x in linears):
         return False
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
     same = len({(x.bits, x.exact, x.symmetric) for x in linears}) == 1

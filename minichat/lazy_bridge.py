@@ -65,6 +65,9 @@ def wrap_in_hpu_graph(module, asynchronous=False, disable_tensor_cache=False, dr
     forward = module.forward
 
     def replayed(*args, **kwargs):
+        kwargs.pop("cache_tensors_list", None)
+        if kwargs.pop("bypass_hpu_graphs", False):
+            return forward(*args, **kwargs)
         flat, spec = tree_flatten((args, kwargs))
         key = repr(([(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else x for x in flat], spec))
         recorder = lazy.RECORDER
@@ -94,7 +97,7 @@ def wrap_in_hpu_graph(module, asynchronous=False, disable_tensor_cache=False, dr
         recorder.again(names)
         return outputs
 
-    module.forward = replayed
+    module.forward, module.clear_cache = replayed, kept.clear
     return module
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -239,9 +240,11 @@ def train(
 
 
 def tokens_per_s(lines: Sequence[dict]) -> float:
-    """Tokens/s after the first logged step, which warms up; of a single one, its own."""
-    seconds = lines[-1]["seconds"] - lines[0]["seconds"]
-    return (lines[-1]["tokens"] - lines[0]["tokens"]) / seconds if seconds else lines[-1]["tokens_per_s"]
+    """Tokens/s after the first logged step, which warms up; of a single one, its own. What is evaluated and saved in
+    between does not count: a line's own rate is without it."""
+    tokens = [(after["tokens"] - before["tokens"], after["tokens_per_s"]) for before, after in pairwise(lines)]
+    seconds = sum(count / rate for count, rate in tokens if rate)
+    return sum(count for count, rate in tokens if rate) / seconds if seconds else lines[-1]["tokens_per_s"]
 
 
 def begin(args: argparse.Namespace, what: str, resumes: bool, bad: Sequence[str]) -> None:
@@ -328,7 +331,7 @@ def make_plan(
     referenced: bool,
 ) -> tuple[plan.Plan, float]:
     """What the run will need, said on standard error; and FLOP per token without what is computed again (for MFU)."""
-    where = torch.device("cpu") if model.device.type == "meta" else model.device
+    where = device.pick(args.device) if model.device.type == "meta" else model.device
     batch = training.largest(items, settings, method, where)
     if referenced:
         batch.tensors["reference"] = torch.zeros(2 * len(batch.tensors["pairs"]))

@@ -232,6 +232,8 @@ def _array(path: Path, stream) -> Iterator[tuple[int, object]]:
     while True:
         at = scan(text, at).end()
         if at < len(text) and text[at] == "]":
+            if text[at + 1 :].strip() or any(part.strip() for part in more):
+                raise BadInput(f"{path}: more after the end of its array of {number} records; one array, or JSON lines")
             return
         try:
             value, at = decoder.raw_decode(text, at)

@@ -314,7 +314,7 @@ class Tokenizer:
         path = self.folder / TEMPLATE_FILE
         if path.is_file():
             try:
-                return path.read_text(encoding="utf-8")
+                return path.read_text(encoding="utf-8-sig")
             except UnicodeDecodeError as error:
                 raise BadInput(f"{path}: not UTF-8 text: {error}") from None
         if isinstance(configured, list):

@@ -310,12 +310,16 @@ def seen(items: data.Mix, settings: Settings) -> set[int]:
 
 
 def largest(items: data.Mix, settings: Settings, method: Method, where: torch.device) -> data.Batch:
-    """The micro-batch of the first epoch that has the most tokens; one with more targets may hold a little more."""
-    known = items.lengths()
-    batches = (rows for step in order(items, settings, 0) for rows in step)
-    rows = max(batches, key=lambda rows: sum(known[i] for row in rows for i in row))
-    full = _full([[items[j] for j in row] for row in rows], settings, where)
-    return method.batch(full, device.padding(where))
+    """The micro-batch of the first epoch that has the most tokens, padding among them; one with more targets may hold a
+    little more."""
+    known, padding = items.lengths(), device.padding(where)
+
+    def tokens(rows: list[data.Row]) -> int:
+        lengths = [sum(known[i] for i in row) for row in rows]
+        return settings.batch_size * padding(max(lengths)) if padding else sum(lengths)
+
+    rows = max((rows for step in order(items, settings, 0) for rows in step), key=tokens)
+    return method.batch(_full([[items[j] for j in row] for row in rows], settings, where), padding)
 
 
 @torch.no_grad()

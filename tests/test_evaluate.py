@@ -20,7 +20,7 @@ from minichat.examples import Pair
 
 try:
     from minichat import harness
-except ModuleNotFoundError:  # without lm-eval
+except ImportError:  # without lm-eval
     harness = None
 
 NUMBERS = {
@@ -51,6 +51,20 @@ NUMBERS = {
 @pytest.mark.parametrize("text, expected", NUMBERS.items())
 def test_last_number(text, expected):
     assert last_number(text) == expected
+
+
+def test_answers_are_numbers_however_they_are_written():
+    for text, answer in (
+        ("it is .5", "0.5"),
+        ("5.", "5.0"),
+        ("1,234.50 in all", "1234.5"),
+        ("-0", "0"),
+        ("yes", " yes"),
+    ):
+        assert evaluate.same_answer(text, answer) and evaluate.same_answer(answer, text)
+    for text, answer in (("5.01", "5"), ("-5", "5"), ("five", "5"), ("nan", "0"), ("x\u00b2", "2"), ("", "0")):
+        assert not evaluate.same_answer(text, answer) and not evaluate.same_answer(answer, text)
+    assert evaluate.same_answer("nan", "nan")
 
 
 def test_exact_match_is_a_loop_over_the_records(base):
@@ -193,6 +207,10 @@ def test_a_table_puts_a_card_beside():
         "| drop, f1 | 0.2500 | – |",
         "| tokens | 12,345 | – |",
     ]
+    both = evaluate.table({"arc_challenge, acc": 0.5, "arc_challenge, acc_norm": 0.5}, "neural-chat-7b-v3-2")
+    assert [line.endswith("| – |") for line in both.splitlines()[2:]] == [True, False]  # of the card's metric alone
+    filtered = evaluate.table({"gsm8k, exact_match,strict-match": 0.5}, "neural-chat-7b-v3-2")
+    assert filtered.endswith("| 0.5512 |")
     assert evaluate.table({"perplexity": 3.14159}).splitlines()[-1] == "| perplexity | 3.1416 |"
 
 
@@ -371,6 +389,32 @@ def test_wrong_flags_are_one_line(base, tmp_path, monkeypatch, capsys, flags, wh
     assert (
         stop.value.code == 2 and not out and why in err.splitlines()[-1] and err.splitlines()[-1].startswith("error: ")
     )
+
+
+@pytest.mark.parametrize("error, code", [(RuntimeError("CUDA out of memory"), 2), (KeyboardInterrupt(), 130)])
+def test_scores_are_told_whatever_ends_the_next_part(base, tmp_path, monkeypatch, capsys, error, code):
+    def fail(*_):
+        raise error
+
+    (tmp_path / "t.txt").write_text("The sum of 1 and 2 is 3. " * 9)
+    monkeypatch.setattr(evaluate, "_preferences", fail)
+    flags = ["--text", tmp_path / "t.txt", "--pairs", tmp_path / "t.txt", "--json"]
+    monkeypatch.setattr(evaluate, "perplexity", lambda *_: {"perplexity": float("inf"), "tokens": 5})
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(base), *map(str, flags)])
+    monkeypatch.setattr("minichat.sources.find", lambda name: name)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(evaluate.main)
+    assert stop.value.code == code
+    found = json.loads(capsys.readouterr().out, parse_constant=fail)  # JSON has no Infinity
+    assert found["perplexity"] is None and found["tokens"] == 5
+
+
+def test_a_pair_that_follows_from_nothing(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "", "chosen": "", "rejected": "b"}\n')
+    flags = ["--pairs", tmp_path / "p.jsonl", "--template", "none", "--json"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(base), *map(str, flags)])
+    cli.run(evaluate.main)
+    assert json.loads(capsys.readouterr().out)["pairs"] == 1
 
 
 def test_a_part_that_fails_takes_no_other_score_with_it(base, tmp_path, monkeypatch, capsys):

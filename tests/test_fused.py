@@ -206,6 +206,8 @@ def test_what_fits():
     adapted = make()
     lora.attach(adapted, 4, 8)
     assert not fused.fits(adapted)
+    lora.freeze(adapted)  # under another adapter, which may leave the blocks alone
+    assert not fused.fits(adapted)
     hooked = make()
     hooked.model.layers[0].register_forward_hook(lambda *_: None)
     assert not fused.fits(hooked)

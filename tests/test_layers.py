@@ -35,7 +35,7 @@ LAYERS = [
 ]
 # within a layer: who may import whom
 BESIDE = {
-    "fused": {"fused_cuda"},
+    "fused": {"fused_cuda", "int4"},
     "fused_cuda": {"int4"},
     "lazy": {"lazy_bridge"},
     "lazy_bridge": {"lazy"},

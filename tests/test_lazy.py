@@ -50,6 +50,26 @@ found()""",
     assert "6 -> 7" in found["report"] and "2 -> 3" in found["report"], found["report"]
 
 
+def test_a_wrapped_module_takes_what_the_bridges_does():
+    found = emulated(
+        """
+import habana_frameworks.torch.hpu as bridge
+calls, x = [], torch.ones(2).to(hpu)
+class Double(torch.nn.Module):
+    def forward(self, x):
+        calls.append(1)
+        return x * 2
+double, counts = bridge.wrap_in_hpu_graph(Double()), []
+for more in ({}, {}, {"cache_tensors_list": []}, {"bypass_hpu_graphs": True}):
+    double(x, **more)
+    counts.append(len(calls))
+double.clear_cache()
+double(x)
+found(counts=[*counts, len(calls)])""",
+    )
+    assert found["counts"] == [1, 2, 2, 3, 4]  # recorded, rehearsed, replayed, bypassed, recorded again
+
+
 def test_an_hpu_graphs_outputs_are_overwritten():
     found = emulated(
         """

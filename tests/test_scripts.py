@@ -37,6 +37,7 @@ from minichat import (
     lora,
     metrics,
     packed,
+    runs,
     sources,
     store,
     training,
@@ -274,6 +275,13 @@ def test_words_that_begin_with_at(tmp_path, monkeypatch, capsys):
     args = parser.parse_args(["--text", "@alice", "@outer.args", "--text=@alice", "--text", "@alice says hi"])
     assert args.text == ["@alice", "@x", "@home @work", "@alice", "@alice says hi"] and args.lr == 2 and args.on
     assert parser.parse_args(["--on", "@alice"]).lr == 5  # --on takes nothing
+    parser.add_argument("--data", nargs="+")
+    assert parser.parse_args(["--data", "@alice", "b"]).data == ["@alice", "b"]
+    Path("signs.args").write_text(
+        "\ufeff--text runs/a#1 --text 'a # b' # c\n--text=\"# d\" #--lr 3\n", encoding="utf-8"
+    )
+    args = parser.parse_args(["@signs.args"])
+    assert args.text == ["runs/a#1", "a # b", "# d"] and args.lr is None
     Path("binary").write_bytes(b"--lr \xff\x00")
     for name in ("missing", "binary", "."):
         with pytest.raises(SystemExit) as error:
@@ -912,6 +920,32 @@ def test_a_reader_that_has_gone_does_not_stop_a_run(base, files, tmp_path):
     done = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, stdout=write, stderr=write)
     os.close(write)
     assert done.returncode == 0 and (tmp_path / "a/adapter").exists()
+
+
+@pytest.mark.slow
+def test_closed_standard_error(base, files, tmp_path):
+    """What would be told goes nowhere: not among the answers."""
+    data = Path(files["sft"]).resolve()
+    for command in (
+        ("infer.py", "--model", base, "--prompt", "1 + 2", "--max-new-tokens", 3, "--json"),
+        ("train.py", "--model", base, "--data", data, "--out", "a", *SHORT),
+        ("infer.py", "--model", "nowhere", "--prompt", "x"),
+    ):
+        words = shlex.join(map(str, (sys.executable, ROOT / command[0], *command[1:])))
+        done = subprocess.run(f"exec {words} 2>&-", shell=True, cwd=tmp_path, stdout=subprocess.PIPE)
+        assert done.returncode == (2 if "nowhere" in command else 0)
+        lines = done.stdout.decode().splitlines()
+        assert len(lines) == ("--json" in command) and all(json.loads(line)["prompt"] for line in lines)
+    assert len(records(tmp_path / "a")) == 3
+
+
+def test_the_rate_that_is_told_is_of_training_alone():
+    lines = [
+        {"step": 1, "tokens": 100, "tokens_per_s": 1.0, "seconds": 100.0},  # warms up
+        {"step": 2, "tokens": 300, "tokens_per_s": 50.0, "seconds": 104.0},
+        {"step": 3, "tokens": 400, "tokens_per_s": 100.0, "seconds": 999.0},  # evaluates for a quarter of an hour
+    ]
+    assert runs.tokens_per_s(lines) == pytest.approx(300 / 5) and runs.tokens_per_s(lines[:1]) == 1.0
 
 
 def test_an_unfinished_run_is_not_the_default(monkeypatch, tmp_path, capsys):

@@ -124,6 +124,7 @@ CORRUPT = {
     "array cut off": ("a.json", lambda text: b"[" + text.replace(b"\n", b",")[:-10], "cut off after record 3"),
     "array cut off early": ("a.json", lambda text: b"[", "cut off after record 0"),
     "array with a hole": ("a.json", lambda text: b'[{"text": "a"}, {"text" "b"}, {"text": "c"}]', "after record 1"),
+    "array with more behind it": ("a.json", lambda text: b'[{"text": "a"}]\n[{"text": "b"}]', "array of 1 records"),
     "array that is deep": ("a.json", lambda text: b"[" * 100_000, "after record 0"),
     "array that is not UTF-8": ("a.json", lambda text: b'[{"text": "\xff"}]', "not UTF-8"),
     "no Parquet": ("a.parquet", lambda text: text, "is not Parquet"),

@@ -353,6 +353,12 @@ def test_a_plan_is_of_the_largest_batch():
     settings = Settings(batch_size=2)
     most = max(sum(len(items[i]) for row in rows for i in row) for [rows] in data.order(items, 2, 1, 42, 0))
     assert training.largest(items, settings, training.sft(), torch.device("cpu")).tokens == most
+    sizes = data.Mix([[Example([5] * n, [1] * n) for n in (1000, 1000, 100, 1100)]])
+    hpu = torch.device("hpu")  # where a batch is as long as its longest row, filled up
+    for seed in range(10):
+        settings = Settings(batch_size=2, seed=seed)
+        batch = training.largest(sizes, settings, training.sft(), hpu)
+        assert batch.tensors["ids"].numel() == 2 * device.bucket(1100, hpu) == 4096
 
 
 def test_gradient_checkpointing_gives_the_same_weights():

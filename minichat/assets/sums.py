@@ -274,6 +274,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other records (default %(default)s)")
     parser.add_argument("--out", type=Path, help="tokenizer: the folder to write")
     args = parser.parse_args()
+    if args.count < 1:
+        parser.error(f"--count is {args.count}; it must be 1 or more")
     if args.kind == "tokenizer":
         if args.out is None:
             parser.error("tokenizer needs --out FOLDER")
@@ -283,4 +285,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from minichat import cli
+
+    cli.run(main)
