@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 sys.path.insert(0, str(ROOT))
+from recording import commit, cpu  # noqa: E402
 
 LLAMA = "0.3.36"  # the release of llama-cpp-python whose llama.cpp is built
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCAB = 4096, 14336, 32, 32, 8, 32000
@@ -585,7 +586,8 @@ def main() -> None:
         once = {f"llama_at_{DEPTH}": deep, "memory": memory, "transformers_bf16": bf16}
         model = "llama.cpp Q4_0 with a Q6_K head, ours INT4 with an INT8 head"
         found = {"rounds": rounds, **once, "ratios": ratios}
-        record(f"cpu{args.name}", " --ik FOLDER" * bool(args.ik), model, versions, found)
+        flags = f" --rounds {args.rounds}" * (args.rounds != 3) + " --ik FOLDER" * bool(args.ik)
+        record(f"cpu{args.name}", flags, model, versions, found)
         if not args.name:
             chart(rounds, RESULTS / "cpu.png")
 
@@ -609,14 +611,12 @@ def rest_of_a_token(folder: Path, cache: Path, args: argparse.Namespace) -> None
 def record(name: str, flags: str, model: str, versions: dict, content: dict) -> None:
     """bench/results/NAME.json: the machine, what made it, and the content."""
     import torch
-    from demo import cpu
 
     from minichat.kernels.cpu import isa
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     content = {
         "command": f"python bench/cpu.py --record --scratch DIR{flags}",
-        "commit": commit.strip(),
+        "commit": commit(),
         "machine": f"{cpu()}, {os.cpu_count()} cores, {ISAS[isa()]}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
         "model": f"Mistral-7B's shape, random weights; {model}",

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from recording import commit  # noqa: E402
 
 from minichat import kernels  # noqa: E402
 
@@ -176,12 +177,9 @@ def main() -> None:
     if args.json:
         print(json.dumps(found))
     if args.record:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout
         content = {
             "command": "python bench/cuda_static.py --record",
-            "commit": commit.strip(),
+            "commit": commit(),
             "versions": {"triton": triton.__version__, "torch": torch.__version__},
             **found,
         }

@@ -20,6 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from recording import commit, cpu  # noqa: E402
 
 from minichat.assets import sums  # noqa: E402
 from minichat.evaluate import last_number  # noqa: E402
@@ -94,10 +95,9 @@ def record(passes: dict) -> None:
     import torch
 
     results = ROOT / "bench" / "results"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     content = {
         "command": f"python bench/demo.py --record --seeds {' '.join(map(str, passes))}",
-        "commit": commit.strip(),
+        "commit": commit(),
         "machine": f"{cpu()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "test": "500 held-out sums, greedy, exact match",
@@ -111,11 +111,6 @@ def record(passes: dict) -> None:
     picture = ROOT / "runs" / f"demo-{next(iter(passes))}" / "runs" / "dpo" / "loss.png"
     if picture.exists():
         shutil.copy(picture, results / "demo.png")
-
-
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from recording import commit, cpu  # noqa: E402
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -146,13 +147,10 @@ def main() -> None:
         prepare(folder)
         found = {s: torture(s, folder, args.kills, args.steps, args.save_every, rng) for s in FLAGS}
     if args.record:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        from demo import cpu
-
         command = f"python bench/kills.py --kills {args.kills} --steps {args.steps} --record"
         content = {
             "command": command,
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
             "machine": f"{cpu()}, {os.cpu_count()} cores",
             "versions": {"torch": torch.__version__},
             "runs": found,

@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from recording import commit, cpu  # noqa: E402
 
 SEVEN_B = dict(
     architectures=["MistralForCausalLM"], vocab_size=32000, hidden_size=4096, intermediate_size=14336,
@@ -311,15 +312,13 @@ def main() -> None:
         print(f"| {name} | {told[0]} | {told[1]}{f' **passed: {over}**' if over else ''} |", flush=True)
     if args.record:
         import torch
-        from demo import cpu
 
         path = ROOT / "bench" / "results" / "lazy.json"
         if args.only and path.exists():  # the others stay as they were
             table = {**json.loads(path.read_text())["rows"], **table}
             table = {name: table[name] for name in ROWS if name in table}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         content = {"command": "python bench/lazy.py --record", "machine": f"{cpu()}, {os.cpu_count()} cores",
-                   "torch": torch.__version__, "commit": commit.stdout.strip(), "rows": table}  # fmt: skip
+                   "torch": torch.__version__, "commit": commit(), "rows": table}  # fmt: skip
         path.write_text(json.dumps(content, indent=2) + "\n")
     sys.exit(0 if passed else 1)
 

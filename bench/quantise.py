@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from recording import commit, cpu  # noqa: E402
 
 LAYERS = 32
 
@@ -114,12 +115,10 @@ def show(found: dict) -> str:
 
 def record(results: dict) -> None:
     import torch
-    from demo import cpu
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     content = {
         "command": "python bench/quantise.py --record",
-        "commit": commit.strip(),
+        "commit": commit(),
         "machine": f"{cpu()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "model": "Mistral-7B's shape, random weights, INT4 group 32 symmetric, head INT8",

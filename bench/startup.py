@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+from recording import commit, cpu  # noqa: E402
+
 IMPORT = """
 import time, torch
 start = time.process_time()
@@ -46,12 +48,9 @@ def main() -> None:
     if args.record:
         from importlib.metadata import version
 
-        from demo import cpu
-
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         content = {
             "command": "python bench/startup.py --record",
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
             "machine": f"{cpu()}, {os.cpu_count()} cores",
             "versions": {"python": platform.python_version(), "torch": version("torch")},
             "processor_seconds": found,

@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from recording import commit, cpu  # noqa: E402
 
 VOCABULARY = 32_000  # Mistral's
 
@@ -147,14 +148,10 @@ def main() -> None:
     print(f"{statistics.median(ratios):.2f}x the time of encode_batch ({min(ratios):.2f}-{max(ratios):.2f})")
     if args.record:
         import tokenizers
-        from demo import cpu
 
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout
         content = {
             "command": "python bench/tokenise.py --record",
-            "commit": commit.strip(),
+            "commit": commit(),
             "machine": f"{cpu()}, {os.cpu_count()} cores",
             "versions": {"python": platform.python_version(), "tokenizers": tokenizers.__version__},
             "file": f"{size / 1e6:.0f} MB of generated chats, BPE of {VOCABULARY} tokens",

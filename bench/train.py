@@ -16,6 +16,7 @@ transformers' sampler groups a large data set: 50 batches at a time are sorted b
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import platform
@@ -32,6 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from recording import commit, cpu, keep, last_printed, said  # noqa: E402
 
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 32000, 768, 2688, 8, 12, 3
 LONGEST = 1024
@@ -210,7 +212,7 @@ SEVEN = dict(
     num_key_value_heads=8, head_dim=128, sliding_window=4096, max_position_embeddings=32768, rms_norm_eps=1e-5,
 )  # fmt: skip
 TINY = SEVEN | dict(vocab_size=2000, hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=8)
-PARTS = ("matmul", "sft-2048", "peer-2048", "dpo", "full-2048", "compiled-2048", "sft-4096", "peer-4096")
+PARTS = ("matmul", "sft-2048", "peer-2048", "dpo", "sft-4096", "peer-4096", "compiled-2048", "full-2048")
 SECONDS = 540  # of all parts of the GPU's run
 LIMIT = 150  # of one part: what hangs or compiles for long takes the time of two others at most
 STEPS = 12  # of a part, the first two of them to warm up
@@ -327,16 +329,18 @@ def ours_on_gpu(kind: str, length: int, rows: int, where) -> dict:
     with tempfile.TemporaryDirectory() as run, Metrics(Path(run), STEPS, kind) as metrics:
         training.fit(model, method, items, settings, metrics)
         lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    seconds = [b["seconds"] - a["seconds"] for a, b in zip(lines[1:], lines[2:])]
-    tokens = lines[-1]["tokens"] - lines[1]["tokens"]
+    steps = list(itertools.pairwise(lines[1:]))
+    seconds = [b["seconds"] - a["seconds"] for a, b in steps]
     measured = {
-        "tokens_per_s": tokens / sum(seconds),
+        "tokens_per_s": statistics.median((b["tokens"] - a["tokens"]) / took for (a, b), took in zip(steps, seconds)),
         "step_seconds": spread(seconds),
         "peak_gib": device.peak_memory_gib(where),
         **{key: lines[-1][key] for key in ("graphs", "recompiled") if key in lines[-1]},
         **({"projected_minutes_of_200_steps": statistics.median(seconds) * 200 / 60} if kind == "dpo" else {}),
     }
     print(json.dumps({"rows": rows, **measured}), flush=True)  # if the plan takes too long, this stays
+    if kind == "compiled":  # its plan is that of sft
+        return measured
     batch = training.largest(data.Mix([items]), settings, method, where)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     plain = plan.make(config, model.scheme, dtype, attach, method, batch)
@@ -350,7 +354,7 @@ def peer_on_gpu(kind: str, length: int, rows: int, where) -> dict:
     import torch
     import transformers
 
-    shape = TINY if where.type == "cpu" else SEVEN
+    shape = (TINY if where.type == "cpu" else SEVEN) | {"sliding_window": None}  # wider than its rows, and takes a mask
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
     with torch.device("meta"):
         model = transformers.MistralForCausalLM._from_config(transformers.MistralConfig(**shape), dtype=dtype)
@@ -383,7 +387,7 @@ def peer_on_gpu(kind: str, length: int, rows: int, where) -> dict:
     return {**found, "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if where.type == "cuda" else None}
 
 
-def gpu(tiny: bool, keep: Callable[[dict], None]) -> None:
+def gpu(tiny: bool, record: Callable[[dict], None]) -> None:
     """Every part that there is time for, and what follows from them; kept after each, for whoever stops it."""
     start, found = time.perf_counter(), {}
     for part in PARTS:
@@ -399,12 +403,11 @@ def gpu(tiny: bool, keep: Callable[[dict], None]) -> None:
                 failed = err[-1000:] if child.returncode else None
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)  # what it started holds memory of the card too
-                out, _ = child.communicate()
+                out, err = child.communicate()
                 failed = f"no result in {left:.0f} s"
-        printed = [line for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
-        found[part] = (json.loads(printed[-1]) if printed else {}) | ({"failed": failed} if failed else {})
+        found[part] = last_printed(out) | ({"failed": failed} if failed else {}) | said(err)
         print(f"{part}: {found[part]}", flush=True)
-        keep({"parts": found, "ratios": ratios_of(found)})
+        record({"parts": found, "ratios": ratios_of(found)})
 
 
 def ratios_of(found: dict) -> dict:
@@ -467,14 +470,14 @@ def main() -> None:
         return
     if args.plan or args.gpu:
 
-        def keep(found: dict) -> None:
+        def record(found: dict) -> None:
             if args.record:
                 write("plan" if args.plan else "cuda", found)
 
         if args.plan:
-            keep(plans())
+            record(plans())
         else:
-            gpu(args.tiny, keep)
+            gpu(args.tiny, record)
         return
     kinds = [args.only] if args.only else ["sft", "dpo"]
     with tempfile.TemporaryDirectory() as thrown_away:
@@ -512,18 +515,11 @@ def main() -> None:
         write(f"cpu{args.name}", {"model": model, "losses_differ_by": apart, "rounds": rounds, "ratios": ratios})
 
 
-def commit() -> str | None:
-    with contextlib.suppress(OSError):  # no git there
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
-
-
 def write(name: str, found: dict) -> None:
     """bench/results/train-NAME.json."""
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
-    from demo import cpu
 
     versions = {"python": platform.python_version()}
     for library in ("torch", "triton", "transformers", "peft", "trl"):
@@ -539,7 +535,7 @@ def write(name: str, found: dict) -> None:
         "versions": versions,
         **found,
     }
-    (ROOT / "bench" / "results" / f"train-{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    keep(f"train-{name}.json", content)
 
 
 if __name__ == "__main__":

@@ -174,7 +174,8 @@ class Documents:
         if self.blocks is None:
             self.blocks = self._blocks()
         T = q.shape[2]
-        q, k, v = (F.pad(x, (0, 0, 0, len(self.blocks[0]) - T)) for x in (q, k, v))
+        # where nothing is to pad, strides would stay, and other strides are another graph
+        q, k, v = (F.pad(x, (0, 0, 0, len(self.blocks[0]) - T)).contiguous() for x in (q, k, v))
         return one_kernel(q, k, v, *self.blocks)[:, :, :T]
 
     def _each(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -227,7 +227,9 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor |
     fused = sys.modules.get("habana_frameworks.torch.hpex.kernels") if q.device.type == "hpu" else None
     if fused is None:
         grouped = q.shape[1] != k.shape[1]
-        if grouped and q.device.type == "cpu" and not CPU_GROUPS:
+        # on CUDA, kernels that take a mask take no groups: together they are computed without one
+        apart = {"cpu": not CPU_GROUPS, "cuda": mask is not None}.get(q.device.type, False)
+        if grouped and apart:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
             grouped = False
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)

@@ -156,6 +156,7 @@ def test_the_trial_is_a_step_whatever_is_going_on(around, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
 @pytest.mark.parametrize("first", ["with a gradient", "without"])
 @pytest.mark.parametrize("window", [None, 100])
 def test_on_a_card_values_and_gradients_are_those_of_document_after_document(window, first):

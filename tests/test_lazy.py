@@ -233,8 +233,9 @@ def test_any_script_runs_on_it_and_budgets_decide_the_exit_code(tmp_path):
     assert done.returncode == 2 and done.stderr == "error: no-such-script.py: no such file\n"
 
 
-def test_the_mistakes_of_the_bench_are_of_this_code():
+def test_the_mistakes_of_the_bench_are_of_this_code(monkeypatch):
     """bench/lazy.py puts each in the place of a line, which is there once."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
     mutants = runpy.run_path(str(ROOT / "bench" / "lazy.py"))["MUTANTS"]
     for file, was, *_, place in mutants.values():
         text = (ROOT / "minichat" / file).read_text()
