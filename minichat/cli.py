@@ -73,7 +73,8 @@ class Parser(argparse.ArgumentParser):
             try:
                 text = file.read_text(encoding="utf-8-sig")
                 # shlex would take the # of runs/a#1 for the beginning of a comment
-                inside = shlex.split(re.sub(r"""("[^"]*"|'[^']*')|(?<!\S)#.*""", lambda m: m[1] or "", text))
+                comments = r"""(\\.|"(?:\\.|[^"\\])*"|'[^']*')|(?<!\S)#[^\n]*"""
+                inside = shlex.split(re.sub(comments, lambda m: m[1] or "", text, flags=re.DOTALL))
             except OSError as error:
                 self.error(f"file of flags {file}: {error.strerror}")
             except ValueError as error:
@@ -438,7 +439,7 @@ def load(args: argparse.Namespace, only_to_decode: bool = False):
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: bad input and failing disks are one line and exit code 2, Ctrl-C is 130."""
     if sys.stderr is None:  # closed: print() would take standard output instead
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a result is not lost for a character that the output cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -469,6 +470,7 @@ def run(main: Callable[[], None]) -> None:
         what = str(error)[:200] or "the host has none left"
         sys.exit(_fail(f"out of memory: {what}; try a smaller --batch-size, --max-length, or --int4"))
     except KeyboardInterrupt:
+        _drop_output()
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
 

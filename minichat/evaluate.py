@@ -17,6 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from minichat import cli
+from minichat.console import show
 from minichat.errors import BadInput
 
 # the Open LLM Leaderboard's tasks of November 2023, their few-shot examples and metrics, by lm-eval's names
@@ -256,9 +257,8 @@ def main() -> None:
     def tasks_done() -> dict[str, float]:
         from minichat import harness
 
-        found, lines = harness.scores(model, tokenizer, template if args.chat else None, tasks, args)
-        failed.extend(lines)
-        return found
+        harness.scores(model, tokenizer, template if args.chat else None, tasks, args, scores, failed)
+        return {}
 
     parts = (
         (questions, questions_right),
@@ -272,6 +272,10 @@ def main() -> None:
                 scores |= part() if asked else {}
             except BadInput as error:
                 failed.append(str(error))
+    except BaseException:
+        for line in failed:
+            show(f"minichat: {line}")
+        raise
     finally:  # whatever ends one part, the scores of the others may have taken hours
         if scores and args.json:
             numbers = {name: value if math.isfinite(value) else None for name, value in scores.items()}
@@ -340,7 +344,6 @@ def _perplexity(args, model, tokenizer, text: str) -> dict[str, float]:
 
 def _preferences(args, model, tokenizer, template: str) -> dict[str, float]:
     from minichat import examples, sources, store, weights
-    from minichat.console import show
 
     encoder = examples.Dpo(tokenizer, template, args.max_length, args.max_prompt_length)
     items, report = store.load(sources.find(args.pairs), encoder)

@@ -5,6 +5,7 @@ import json
 import math
 import mmap
 import os
+import platform
 import shutil
 import struct
 import tempfile
@@ -25,7 +26,6 @@ _DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16
 _DTYPES |= {"torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.bool": "BOOL"}
 _DTYPES |= {f"torch.{u}int{bits}": f"{u or 'i'}{bits}".upper() for u in ("", "u") for bits in (8, 16, 32, 64)}
 _OLD = ".old"  # in a folder that is being written: what it replaces
-_FORSAKEN = 86_400  # seconds without a new file after which nobody writes into such a folder any more
 
 
 def cache_folder() -> Path:
@@ -243,7 +243,7 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
 
     The file called `last`, by which a reader knows the folder, comes last. A file that matches a pattern of `stale`
     and was not written again is deleted. If writing fails, `folder` is as it was; a disk that is full is BadInput. What
-    a process that died had begun goes a day later.
+    a process that died had begun goes.
     """
     folder = Path(folder)
     scratch, absent = None, []
@@ -251,10 +251,10 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
         absent = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
         folder.mkdir(parents=True, exist_ok=True)
         for begun in folder.glob(f"{PART}*"):
-            with suppress(OSError):  # or it may hold what was to be replaced
-                if time.time() - begun.stat().st_mtime > _FORSAKEN and not (begun / _OLD).exists():
+            with suppress(OSError):
+                if _forsaken(begun) and not (begun / _OLD).exists():  # which may hold what was to be replaced
                     shutil.rmtree(begun)
-        scratch = Path(tempfile.mkdtemp(prefix=PART, dir=folder))
+        scratch = Path(tempfile.mkdtemp(prefix=f"{PART}{platform.node()}-{os.getpid()}-", dir=folder))
         yield scratch
         _swap(scratch, folder, last, stale)
     except OSError as error:
@@ -267,6 +267,17 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
         with suppress(OSError):  # what was made for nothing goes again; what holds something stays
             for path in absent:
                 path.rmdir()
+
+
+def _forsaken(begun: Path) -> bool:
+    """Whether nobody writes into a folder of staged() any more: its process is gone, or no file came for a day."""
+    here, *pid = begun.name.rsplit("-", 2)[:2]
+    if here == f"{PART}{platform.node()}" and pid[0].isdecimal():
+        try:
+            os.kill(int(pid[0]), 0)
+        except ProcessLookupError:
+            return True
+    return time.time() - begun.stat().st_mtime > 86_400
 
 
 def _swap(scratch: Path, folder: Path, last: str, stale: Sequence[str]) -> None:

@@ -137,11 +137,12 @@ class Tasks:
 
 
 def scores(
-    model, tokenizer, template: str | None, tasks: Tasks, args: argparse.Namespace
-) -> tuple[dict[str, float], list[str]]:
-    """The scores by task and metric; and a line for each task that failed, which takes no other with it."""
+    model, tokenizer, template: str | None, tasks: Tasks, args: argparse.Namespace, found: dict, failed: list[str]
+) -> None:
+    """Add the scores to `found`, by task and metric, as they come; and to `failed` a line for each task that failed,
+    which takes no other with it.
+    """
     harness = Harness(model, tokenizer, template, args.batch_size)
-    found, failed = {}, []
     for name in tasks.names:
         shots, wanted = evaluate.LEADERBOARD[name] if args.leaderboard else (args.few_shot, None)
         try:
@@ -164,4 +165,3 @@ def scores(
                 asked = (task, kind) == (name, wanted) if wanted else not kind.endswith("_stderr")
                 if isinstance(value, float) and asked:
                     found[f"{task}, {metric.removesuffix(',none')}"] = value
-    return found, failed

@@ -120,11 +120,12 @@ def _open(file: Path, folder: Path, scheme: quant.Scheme) -> Mistral:
                 fits = codes.shape == (blocks, words, 16) and scale.shape == (blocks, groups, 16)
                 fits &= codes.dtype == torch.int32 and scale.dtype in quant.reference.SCALE_DTYPES
                 quantised = scheme if quant.wanted(name, module, scheme) else HEAD
+                fits &= (words, groups) == (K * quantised.bits // 32, K // quantised.group_size)
                 fits &= (zero is None) == quantised.symmetric
                 fits &= zero is None or (zero.shape, zero.dtype) == (scale.shape, torch.uint8)
-                if not fits or words not in (K // 8, K // 4) or K % (32 * groups):
+                if not fits:
                     raise KeyError(f"{name} does not fit")
-                packed = quant.Packed(codes, scale, zero, N, K, K // groups, 32 * words // K)
+                packed = quant.Packed(codes, scale, zero, N, K, quantised.group_size, quantised.bits)
                 setattr(model.get_submodule(parent), leaf, quant.Int4Linear(packed, "cpu"))
             elif f"{name}.weight" == EMBEDDING:
                 if tensors[EMBEDDING].shape != module.weight.shape:

@@ -351,7 +351,7 @@ def make_plan(
         found = of([args.gradient_checkpointing or ""])
     say(f"plan: {found}")
     steps = training.count_steps(items, settings)
-    epoch = sum(items.lengths()) / len(items) * sum(items.counts)
+    epoch = sum(size for size, _ in training.sizes(items, settings, where))
     tokens = epoch / training.count_steps(items, replace(settings, steps=None, epochs=1)) * steps
     flops = tokens * found.flops_per_token
     if referenced:  # every pair that is seen goes through the reference once

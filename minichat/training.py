@@ -216,7 +216,9 @@ def fit(
             start, logged_tokens = time.perf_counter(), tokens
         if checkpoints and checkpoints.due(done, scores):
             pending.read()  # raises where a number is not finite: nobody resumes from that
+            began = time.perf_counter()
             checkpoints.save(done, model, optimizer, metrics, {"tokens": tokens, **scores})
+            start += time.perf_counter() - began
             if checkpoints.asked and done < total:
                 raise Stopped(checkpoints.asked, done)
     model.eval()
@@ -309,17 +311,21 @@ def seen(items: data.Mix, settings: Settings) -> set[int]:
     return found
 
 
-def largest(items: data.Mix, settings: Settings, method: Method, where: torch.device) -> data.Batch:
-    """The micro-batch of the first epoch that has the most tokens, padding among them; one with more targets may hold a
-    little more."""
+def sizes(items: data.Mix, settings: Settings, where: torch.device) -> list[tuple[int, list[data.Row]]]:
+    """The micro-batches of the first epoch: their tokens, padding among them, and their rows."""
     known, padding = items.lengths(), device.padding(where)
 
     def tokens(rows: list[data.Row]) -> int:
         lengths = [sum(known[i] for i in row) for row in rows]
         return settings.batch_size * padding(max(lengths)) if padding else sum(lengths)
 
-    rows = max((rows for step in order(items, settings, 0) for rows in step), key=tokens)
-    return method.batch(_full([[items[j] for j in row] for row in rows], settings, where), padding)
+    return [(tokens(rows), rows) for step in order(items, settings, 0) for rows in step]
+
+
+def largest(items: data.Mix, settings: Settings, method: Method, where: torch.device) -> data.Batch:
+    """The micro-batch of the first epoch that has the most tokens; one with more targets may hold a little more."""
+    _, rows = max(sizes(items, settings, where), key=lambda batch: batch[0])
+    return method.batch(_full([[items[j] for j in row] for row in rows], settings, where), device.padding(where))
 
 
 @torch.no_grad()

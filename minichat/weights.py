@@ -102,8 +102,8 @@ def _download(repo: str, revision: str | None) -> Path:
             raise
         except Exception as error:  # of whichever HTTP library this version of the hub's package uses
             unreached = error
-            show(f"minichat: the hub did not answer ({type(error).__name__}): {repo} as far as it is here")
             at = snapshot_download(repo, **wanted, local_files_only=True)
+            show(f"minichat: the hub did not answer ({type(error).__name__}): {repo} as far as it is here")
     except refused as error:
         why = textwrap.shorten(str(unreached or error), 300, placeholder=" …")
         raise BadInput(f"{repo}: no such folder here, and the hub gave none: {why}") from None

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import importlib.util
 import json
 import math
 import random
@@ -18,10 +19,7 @@ from minichat.errors import BadInput
 from minichat.evaluate import exact_match, last_number
 from minichat.examples import Pair
 
-try:
-    from minichat import harness
-except ImportError:  # without lm-eval
-    harness = None
+harness = importlib.import_module("minichat.harness") if importlib.util.find_spec("lm_eval") else None
 
 NUMBERS = {
     "So, the sum of 100, 520, and 60 is 680.": "680",
@@ -302,7 +300,9 @@ def test_lm_eval_gets_what_its_own_model_computes(base, tasks, tmp_path, quantis
         tasks="minichat_chosen", leaderboard=False, few_shot=2, include=str(tasks), limit=6, batch_size=3
     )
     args.tasks += ",minichat_broken"
-    again, [failed] = harness.scores(model, tokenizer, None, harness.Tasks(args), args)
+    again, lines = {}, []
+    harness.scores(model, tokenizer, None, harness.Tasks(args), args, again, lines)
+    [failed] = lines
     assert failed.startswith("task minichat_broken: ") and "\n" not in str(BadInput(failed))
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     more = dict(num_fewshot=2, limit=6, bootstrap_iters=0, task_manager=manager)

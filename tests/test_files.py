@@ -3,6 +3,8 @@
 import errno
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from minichat import files
 from minichat.errors import BadInput
 from minichat.files import read_json, staged
+
+ROOT = Path(__file__).parent.parent
 
 OLD = {"config.json": "old", "model-1.bin": "old", "model-2.bin": "old", "notes": "mine"}
 
@@ -50,19 +54,27 @@ def test_staged_files_take_their_place_together(folder):
 
 def test_what_a_killed_process_had_begun_goes(folder):
     """Not what another one is writing, nor what may hold the only copy of what was to be replaced."""
-    dead, moved = folder / ".part-dead", folder / ".part-moved"
-    for left in (dead, moved / ".old"):
+    code = """
+import os
+from minichat.files import staged
+with staged(".", last="x") as new:
+    (new / "x").touch()
+    os._exit(9)"""
+    subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    [dead] = folder.glob(".part-*")
+    old, moved, elsewhere = (folder / f".part-{name}" for name in ("old", "moved", "another-host-1-x"))
+    for left in (old, moved / ".old", elsewhere):
         left.mkdir(parents=True)
         write(left, "a")
-    for left in (dead, moved):
+    for left in (old, moved):
         os.utime(left, (1, 1))
     with staged(folder, last="config.json") as one:
         write(one, "config.json")
         with staged(folder, last="config.json") as other:
-            assert one.exists() and not dead.exists()
+            assert one.exists() and not dead.exists() and not old.exists()
             write(other, "config.json")
     assert (moved / ".old" / "a").exists()
-    assert {path.name for path in folder.glob(".part-*")} == {moved.name}
+    assert {path.name for path in folder.glob(".part-*")} == {moved.name, elsewhere.name}
 
 
 @pytest.mark.parametrize("names", [("config.json", "a", "z"), ("a", "config.json", "z"), ("z", "a", "config.json")])

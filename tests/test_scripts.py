@@ -282,6 +282,9 @@ def test_words_that_begin_with_at(tmp_path, monkeypatch, capsys):
     )
     args = parser.parse_args(["@signs.args"])
     assert args.text == ["runs/a#1", "a # b", "# d"] and args.lr is None
+    Path("quotes.args").write_text("--text \"a \\\" # b\" # don't\n--text it\\'s # what it's\n--lr 7 # don't\n")
+    args = parser.parse_args(["@quotes.args"])
+    assert args.text == ['a " # b', "it's"] and args.lr == 7
     Path("binary").write_bytes(b"--lr \xff\x00")
     for name in ("missing", "binary", "."):
         with pytest.raises(SystemExit) as error:

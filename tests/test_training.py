@@ -348,6 +348,22 @@ def test_the_rate_is_that_of_the_steps_since_the_last_line(tmp_path, monkeypatch
         assert rate in {round((tokens[i + 1] - tokens[i]) / took, 1) for took in (1, 2, 3)}, (i, seconds)
 
 
+def test_the_rate_is_without_the_time_of_saving(tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def look():
+        clock[0] += 1
+        return clock[0]
+
+    def slow(new):
+        clock[0] += 1e6
+
+    monkeypatch.setattr(training.time, "perf_counter", look)
+    fit(adapted(), training.sft(), examples(), None, tmp_path, Checkpoints(tmp_path, {}, slow, every=1), steps=6)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["tokens_per_s"] > 1 for line in lines) and lines[-1]["seconds"] > 5e6
+
+
 def test_a_plan_is_of_the_largest_batch():
     items = data.Mix([examples(20)])
     settings = Settings(batch_size=2)
