@@ -134,7 +134,7 @@ def measure_llama(binary: Path, model: Path, threads: int, decode: bool, depth: 
 
 
 def measure_ik(binary: Path, model: Path, threads: int, decode: bool) -> dict:
-    """ik_llama.cpp's. Prompts by both of its layouts, and the faster one counts: repacking (-rtr) slows some down."""
+    """ik_llama.cpp's. Prompts by both of its layouts, and the faster one counts: which it is differs."""
     found = measure_llama(binary, model, threads, decode, flags=("-rtr", "1"))
     if decode:
         return found

@@ -185,7 +185,7 @@ def table(scores: dict[str, float], beside: str | None = None) -> str:
     lines.append("| --- | ---: |" + " ---: |" * bool(beside))
     for name, value in scores.items():
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-        theirs = known.get(tuple(name.replace(", ", ",").split(",")[:2]))
+        theirs = known.get(tuple(re.split(", ?", name)[:2]))
         lines.append(
             f"| {name} | {shown} |" + (f" {'–' if theirs is None else f'{theirs / 100:.4f}'} |" * bool(beside))
         )

@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 import platform
+import re
 import shutil
 import struct
 import tempfile
@@ -271,10 +272,9 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
 
 def _forsaken(begun: Path) -> bool:
     """Whether nobody writes into a folder of staged() any more: its process is gone, or no file came for a day."""
-    here, *pid = begun.name.rsplit("-", 2)[:2]
-    if here == f"{PART}{platform.node()}" and pid[0].isdecimal():
+    if own := re.fullmatch(re.escape(f"{PART}{platform.node()}-") + r"(\d+)-\w+", begun.name):
         try:
-            os.kill(int(pid[0]), 0)
+            os.kill(int(own[1]), 0)  # asks, and sends nothing
         except ProcessLookupError:
             return True
     return time.time() - begun.stat().st_mtime > 86_400

@@ -280,8 +280,10 @@ def add_reference(
             raise BadInput(f"--reference {args.reference} has another tokenizer than {args.model}: its ids mean others")
         lora.freeze(reference)  # an adapter beside INT4 weights is of the reference: only the one that trains is off
     adapter = args.adapter and not args.reference and weights.identity(weights.resolve(args.adapter))
+    # 2: what was kept before may be of a reference over INT4 without its adapter
     known = [2, reference.identity, adapter, str(reference.scheme), str(reference.dtype), model.device.type,
              args.loss == "ipo", args.batch_size, run["tokenizer and template"], __version__]  # fmt: skip
+    first = distributed.rank() == 0  # whose cache counts: another process may have another disk
     train, held_out = mixes
     for mix, seen in ((train, training.seen(train, settings)), (held_out, set(range(len(held_out))))):
         for i, part in enumerate(mix.parts):
@@ -289,7 +291,6 @@ def add_reference(
             which = [] if len(wanted) == len(part) else [wanted]
             key = hashlib.sha256(json.dumps([*known, part.fingerprint(), *which]).encode()).hexdigest()[:32]
             folder = files.cache_folder() / "reference" / key
-            first = distributed.rank() == 0  # whose cache counts: another process may have another disk
             if distributed.largest(first and (folder / REFERENCE).exists()):
                 say(f"the reference's log-probs are known: {folder}")
                 logps = files.read_tensors(folder / REFERENCE)["logps"] if first else torch.empty(len(part), 2)

@@ -91,8 +91,8 @@ def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-    wanted = {"revision": revision, "allow_patterns": wanted, "ignore_patterns": "consolidated*"}
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    wanted = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": "consolidated*"}
     refused = HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError
     unreached = None
     try:
