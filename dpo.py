@@ -18,14 +18,16 @@ def parse():
     group.add_argument("--format", choices=list(formats.PAIRS), help="of the records (without it: recognised by their "
                        "fields)")  # fmt: skip
     group = parser.add_argument_group("preference loss")
-    group.add_argument("--beta", type=float, default=0.1, help="how dear it is to leave the reference")
-    group.add_argument("--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid", help="its kind")
+    group.add_argument("--beta", type=float, default=0.1, help="how strongly the model is held to the reference")
+    group.add_argument(
+        "--loss", choices=["sigmoid", "ipo", "hinge", "robust"], default="sigmoid", help="the kind of loss"
+    )
     group.add_argument("--label-smoothing", type=float, default=0.0, help="share of flipped pairs (cDPO, robust)")
     group.add_argument("--reference-free", action="store_true", help="take the reference's log-probs as equal")
     group.add_argument("--precompute-reference", action="store_true", help="compute the reference's log-probs once, "
                        "and keep them in the cache, instead of once in every epoch")  # fmt: skip
     group.add_argument("--reference", type=cli.source, metavar="SOURCE", help="another model as the reference (without "
-                       "it: --model itself); its log-probs are computed once, then it goes")  # fmt: skip
+                       "it: --model itself); its log-probs are computed once, before training")  # fmt: skip
     group.add_argument("--max-prompt-length", type=int, default=1024, help="tokens, longer ones lose their beginning")
     cli.training_flags(parser, cli.RUNS["dpo"], lr=5e-5, warmup=0.1, batch_size=4, max_length=1536)
     return cli.parse(parser, "dpo.args")

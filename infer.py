@@ -4,7 +4,7 @@
     python infer.py --int4 --prompt "calculate 100 + 520 + 60"
     python infer.py --model Intel/neural-chat-7b-v3-1 --int4 --file prompts.txt --json
 
-Answers go to standard output, everything else to standard error.
+Answers go to standard output (several each below its prompt), everything else to standard error.
 """
 
 import secrets
@@ -32,16 +32,18 @@ def parse():
     group.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this share")
     group.add_argument("--min-p", type=float, default=0.0, help="draw from tokens with this share of the likeliest's")
     group.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: tokens already there are rarer")
-    group.add_argument("--seed", type=cli.seed, help="of what is drawn (without it: another one every time, and told)")
+    group.add_argument(
+        "--seed", type=cli.seed, help="of what is drawn (without it: a new one every time, which is printed)"
+    )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text")
     cli.activations_flag(group)
     group.add_argument("--kv-cache", choices=["auto", "int8"], default="auto", help="of what was read: bf16 with "
-                       "--int4 on the CPU, else as the model; int8 halves it, with an error of about 5e-3")  # fmt: skip
+                       "--int4 on the CPU, else as the model; int8 halves it, and is less exact")  # fmt: skip
     group.add_argument(
         "--speculate",
         action="store_true",
-        help="guess what comes next from what is there; check "
-        "several tokens at once: the same answers (in bf16 but for rounding), sooner where they copy",
+        help="guess the next tokens from the text so far, and check "
+        "several at once: the same answers (in bf16 but for rounding), sooner where they copy",
     )
     group.add_argument("--json", action="store_true", help="one JSON object an answer, nothing streamed")
     args = parser.parse_args()

@@ -1,11 +1,12 @@
-"""A 7B in INT4 on the CPU: ours beside llama.cpp, in one run, in turn.
+"""A 7B in INT4 on the CPU: ours beside llama.cpp and ik_llama.cpp, in one run, in turn.
 
-    python bench/cpu.py --record --scratch DIR      # about an hour and 15 GB of disk on 2 cores
+    python bench/cpu.py --record --scratch DIR --ik FOLDER  # about an hour and 15 GB of disk on 2 cores
     python bench/cpu.py --record --scratch DIR --rest       # 5 minutes: what of a token's time is no INT4 matmul
 
-llama.cpp is built from the source archive that the package index carries with llama-cpp-python. Both models have
-Mistral-7B's shape and random weights; theirs is Q4_0 with a Q6_K head (4.5 bits a weight), ours groups of 32 (4.5 bits)
-or 128 (4.125) with the head in INT8. Each measurement is a process of its own, and all take turns.
+llama.cpp is built from the source archive that the package index carries with llama-cpp-python; FOLDER holds a built
+ik_llama.cpp, which is left out without --ik. The models have Mistral-7B's shape and random weights; theirs are Q4_0
+with a Q6_K head (4.5 bits a weight), ours groups of 32 (4.5 bits) or 128 (4.125) with the head in INT8. Each
+measurement is a process of its own, and all take turns.
 """
 
 import argparse
@@ -473,9 +474,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ik", type=Path, help="a built ik_llama.cpp: the folder that holds llama-bench")
     parser.add_argument("--rest", action="store_true", help="no peers: what of a token's time is no INT4 matmul")
-    parser.add_argument(
-        "--record", action="store_true", help="write bench/results/cpu.json and cpu.png, of --rest cpu-rest.json"
-    )
+    parser.add_argument("--record", action="store_true", help="write bench/results/cpu.json, of --rest cpu-rest.json")
     parser.add_argument("--name", default="", help="of the machine, after cpu and cpu-rest: --name=-avx2")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
@@ -588,8 +587,6 @@ def main() -> None:
         found = {"rounds": rounds, **once, "ratios": ratios}
         flags = f" --rounds {args.rounds}" * (args.rounds != 3) + " --ik FOLDER" * bool(args.ik)
         record(f"cpu{args.name}", flags, model, versions, found)
-        if not args.name:
-            chart(rounds, RESULTS / "cpu.png")
 
 
 def spread(values: list[float]) -> dict:
@@ -623,28 +620,6 @@ def record(name: str, flags: str, model: str, versions: dict, content: dict) -> 
         **content,
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def chart(rounds: list[dict], file: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    labels = {"llama": "llama.cpp Q4_0", "g32": "minichat, exact", "g32_int8": "minichat, int8"}
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
-    for axis, (name, title) in zip(
-        axes, {"decode": "decode", "prefill_128": "prompt of 128", "prefill_512": "prompt of 512"}.items()
-    ):
-        two = [found for found in rounds if found["threads"] == 2 and name in found["llama"]]
-        values = [statistics.median(found[kind][name] for found in two) for kind in labels]
-        bars = axis.bar(labels.values(), values, color=["0.6", "tab:blue", "tab:cyan"])
-        axis.bar_label(bars, fmt="%.1f")
-        axis.set_title(title)
-        axis.tick_params(axis="x", labelrotation=20)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("tokens/s, 7B, 2 threads")
-    figure.savefig(file, dpi=150)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python bench/demo.py                   # make demo: a few minutes on 2 cores
     python bench/demo.py --seeds 1 2 3     # the same with other data, other adapters and another test: the scatter
 
-Runs the three scripts as a user would, with no flag but the seed, in runs/demo-SEED, and prints one table; writes
-bench/results/demo.json with --record.
+Runs the three scripts as a user would, with no flag but the seed, in runs/demo-SEED, and prints one table. What is
+there already, finished or stopped, is gone on with; --record begins anew, and writes bench/results/demo.json.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -40,21 +41,28 @@ def python(folder: Path, *args: object) -> str:
         except KeyboardInterrupt:  # which it has had too: it saves before it stops
             child.wait()
             sys.exit(130)
+        except SystemExit:  # SIGTERM, of this process alone
+            child.terminate()
+            child.wait()
+            raise
     if child.returncode:
         sys.exit(f"error: {' '.join(command)} failed with exit code {child.returncode}")
     return out
 
 
-def run(seed: int) -> tuple[dict[str, float], dict[str, str], float]:
+def run(seed: int, anew: bool) -> tuple[dict[str, float], dict[str, str], float]:
     """One pass over the recipe: the accuracies, the answers to the cards' example, and the seconds it took."""
     start = time.perf_counter()
     folder = ROOT / "runs" / f"demo-{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if anew:
+        shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        print(f"going on with what is in {folder}; delete it to begin anew", file=sys.stderr)
+    folder.mkdir(parents=True, exist_ok=True)
     test = [*sums.records("test", TEST, seed), {"question": EXAMPLE, "answer": "680"}]
     (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in test))
-    python(folder, ROOT / "train.py", "--seed", seed)
-    python(folder, ROOT / "dpo.py", "--seed", seed)
+    python(folder, ROOT / "train.py", "--seed", seed, "--resume")
+    python(folder, ROOT / "dpo.py", "--seed", seed, "--resume")
     stages = {"base": (BASE,), "SFT": ("runs/sft",), "DPO": ("runs/dpo",), "DPO INT4": ("runs/dpo", "--int4")}
     accuracy, answers = {}, {}
     for name, flags in stages.items():
@@ -72,7 +80,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="one pass for each (default: 42)")
     parser.add_argument("--record", action="store_true", help="write bench/results/demo.json and demo.png")
     args = parser.parse_args()
-    passes = {seed: run(seed) for seed in args.seeds}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    passes = {seed: run(seed, args.record) for seed in args.seeds}
     accuracy, answers, _ = passes[args.seeds[0]]
 
     print(f"\nExact match on 500 held-out sums{' (seed by seed)' if len(passes) > 1 else ''}\n")

@@ -449,7 +449,7 @@ def spread(values: list[float]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5, help="optimiser steps of a measurement")
+    parser.add_argument("--steps", type=int, default=6, help="optimiser steps of a measurement")
     parser.add_argument("--only", choices=["sft", "dpo"], help="one of the two")
     parser.add_argument("--no-check", action="store_true", help="leave out the comparison of losses")
     parser.add_argument("--record", action="store_true", help="write bench/results/train-cpu.json")

@@ -2,6 +2,8 @@
 
 import argparse
 import atexit
+import difflib
+import errno
 import importlib.util
 import json
 import math
@@ -39,6 +41,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X", seed: "N"}.get(action.type) or super()._get_default_metavar_for_optional(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,6 +92,10 @@ class Parser(argparse.ArgumentParser):
         print(self.format_help(), end="", file=file or sys.stdout or sys.stderr, flush=True)
 
     def error(self, message: str):
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            if near := difflib.get_close_matches(unknown[1], flags, 1):
+                message += f" (did you mean {near[0]}?)"
         self.exit(2, f"error: {BadInput(message)}; {self.prog} --help lists the flags\n")
 
 
@@ -161,7 +170,7 @@ def quantise_flags(group: "argparse._ArgumentGroup") -> None:
 
 def activations_flag(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--activations", choices=["exact", "int8"], default="exact", help="--int4 on the CPU: how they "
-                       "are rounded, to 15 bits or to 8, which reads prompts 1.6 times as fast")  # fmt: skip
+                       "are rounded, to 15 bits or to 8, which reads prompts more than 1.5 times as fast")  # fmt: skip
 
 
 def scheme(args: argparse.Namespace):
@@ -199,7 +208,7 @@ def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_si
     sources = {"nargs": "+", "metavar": "SOURCE[:WEIGHT]"}
     group.add_argument("--data", **sources, help="files (.jsonl, .json, also .gz, .parquet), folders, data sets of the "
                        "hub (owner/name), with /split or /pattern; weights are shares of what is learnt "
-                       "(without --data: sums made by minichat.assets.sums)")  # fmt: skip
+                       "(without --data: sums that minichat.assets.sums makes)")  # fmt: skip
     group.add_argument("--eval-data", **sources, help="the same, to evaluate on")
     group.add_argument("--eval-split", type=float, default=0.0, metavar="SHARE", help="share of --data's records to "
                        "evaluate on and not to learn from, the same ones in every run")  # fmt: skip
@@ -421,9 +430,11 @@ def torch_dtype(name: str | None):
 
 def load(args: argparse.Namespace, only_to_decode: bool = False):
     """The model and tokenizer that the flags name; for --plan, on the meta device."""
-    from minichat import int4, packed, weights
+    from minichat import chat, int4, packed, weights
 
     wanted = scheme(args)
+    if getattr(args, "template", "auto") not in ("auto", "none"):
+        chat.template_text(args.template, None)  # a wrong name is told before anything is loaded
     if getattr(args, "plan", False):
         return weights.load_shapes(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)
     show(f"minichat: loading {args.model}")
@@ -457,7 +468,8 @@ def run(main: Callable[[], None]) -> None:
     except BadInput as error:
         sys.exit(_fail(str(error)))
     except OSError as error:
-        sys.exit(_fail(f"{error.filename or 'the system'}: {error.strerror or error}"))
+        where = error.filename or ("output" if error.errno == errno.ENOSPC else "the system")
+        sys.exit(_fail(f"{where}: {error.strerror or error}"))
     except ModuleNotFoundError as error:
         if error.name not in REQUIRED:
             raise

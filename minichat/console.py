@@ -9,6 +9,10 @@ def speaks() -> bool:
     return int(os.environ.get("RANK") or 0) == 0
 
 
+def plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def show(line: str) -> None:
     """Print to stderr; where nobody reads it any more (`2>&1 | head`), nothing stops."""
     if not speaks():

@@ -1,6 +1,7 @@
 """The one exception for bad input: scripts print it as one line and exit with code 2."""
 
 import re
+import textwrap
 
 
 class BadInput(ValueError):
@@ -14,3 +15,10 @@ class BadInput(ValueError):
         message = message if len(message) <= 1000 else f"{message[:600]} … {message[-400:]}"
         unprintable = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
         super().__init__(re.sub(unprintable, lambda match: ascii(match[0])[1:-1], message))
+
+
+def why(error: BaseException) -> str:
+    """What the hub said, in a few words; of an error that only says it is not in reach, what lies below that."""
+    if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__ is not None:
+        error = error.__cause__
+    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from minichat import chat, formats
+from minichat.console import plural
 from minichat.errors import BadInput
 from minichat.tokenizer import Tokenizer
 
@@ -73,7 +74,7 @@ class Report:
     def __str__(self) -> str:
         counts = self.counts + Counter({"bad": self.refused})
         rest = "".join(f", {count:,} {what}" for what, count in counts.items())
-        return f"{self.kept:,} record{'s' * (self.kept != 1)}, {self.tokens:,} tokens{rest}"
+        return f"{plural(self.kept, 'record')}, {self.tokens:,} tokens{rest}"
 
 
 def encode(

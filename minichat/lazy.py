@@ -666,11 +666,12 @@ def over_budget(max_graphs: int | None, max_syncs: int | None, recorder: Recorde
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m minichat.lazy", description=inspect.cleandoc(__doc__),
+                                     usage="%(prog)s [flags] script.py [its arguments]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--meta", action="store_true", help="shapes alone: large models in little memory and time")
     parser.add_argument("--max-graphs", type=int, metavar="N", help="exit code 1 if there are more")
     parser.add_argument("--max-syncs", type=int, metavar="N", help="exit code 1 if the host waits more often")
-    parser.add_argument("script", help="a script that uses device hpu, and its arguments")
+    parser.add_argument("script", help="a script that uses device hpu; its arguments follow")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not Path(args.script).is_file():

@@ -479,10 +479,15 @@ MERGE = """Merge an adapter into its base, or into another one: a folder that tr
 def main() -> None:
     from minichat import cli, weights
 
-    parser = cli.Parser(MERGE, prog="python -m minichat.lora")
+    parser = cli.Parser(MERGE, prog="python -m minichat.lora merge")
     parser.add_argument("command", choices=["merge"])
     parser.add_argument("--adapter", required=True, type=cli.source, metavar="FOLDER", help="a run or an adapter")
-    parser.add_argument("--base", type=cli.source, metavar="SOURCE", help="(without it: what it was trained over)")
+    parser.add_argument(
+        "--base",
+        type=cli.source,
+        metavar="SOURCE",
+        help="merge into this model (without it: into what it was trained over)",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="the new model's folder")
     parser.add_argument(
         "--only", metavar="NAMES", help="--base: the adapter's part for these modules, as q_proj,v_proj"

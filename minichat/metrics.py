@@ -81,8 +81,9 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         if self.bar is not None:
+            self.bar.leave = kind is None  # what has been said of a stop would be followed by the bar before it
             self.bar.close()
         if self.file:
             self.file.close()

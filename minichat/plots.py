@@ -58,6 +58,7 @@ def draw(folders: Sequence[Path], out: Path) -> Path:
                     marker = "o" if len(points) < 3 else None
                     axis.plot(*zip(*points), label=label, marker=marker, linewidth=1.5, **look)
         axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=None if alone else "small")
         axis.spines[["top", "right"]].set_visible(False)

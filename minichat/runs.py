@@ -31,7 +31,7 @@ from minichat import (
     weights,
 )
 from minichat.assets import sums
-from minichat.console import show
+from minichat.console import plural, show
 from minichat.errors import BadInput
 from minichat.examples import Dpo, Report, Sft
 from minichat.model import Mistral, without_weights
@@ -118,7 +118,7 @@ def read_data(args: argparse.Namespace, encoder: Sft | Dpo, what: str) -> tuple[
     eval_parts = [items_of(source) for source in held_out]
     if args.eval_split:
         parts, eval_parts = zip(*(items.split(args.eval_split) for items in parts))
-        say(f"--eval-split {args.eval_split}: {sum(map(len, eval_parts)):,} records to evaluate on")
+        say(f"--eval-split {args.eval_split}: {plural(sum(map(len, eval_parts)), 'record')} to evaluate on")
         if not all(map(len, parts)) or not any(map(len, eval_parts)):
             raise BadInput(f"--eval-split {args.eval_split} leaves no record on one side; choose another share")
     return data.Mix(parts, [source.weight for source in found] or None), data.Mix(eval_parts), bad
@@ -184,7 +184,7 @@ def train(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = training.count_steps(items, settings)
     several = f" in {distributed.world()} processes" if distributed.world() > 1 else ""
-    say(f"{trained:,} weights train on {model.device}{several}, {total} steps")
+    say(f"{trained:,} weights train on {model.device}{several}, {plural(total, 'step')}")
     if settings.pack:
         known = items.lengths()
         rows = [row for step in training.order(items, settings, 0) for batch in step for row in batch]
@@ -363,7 +363,7 @@ def make_plan(
     if referenced and args.reference:
         both = plan.sized(2 * found.parts["weights"])
         say(f"plan: before, the weights of --reference are there too: {both} of both")
-    say(f"plan: {steps:,} steps, {tokens:,.0f} tokens, {plan.number(flops / 1e15)} PFLOP{hours}")
+    say(f"plan: {plural(steps, 'step')}, {tokens:,.0f} tokens, {plan.number(flops / 1e15)} PFLOP{hours}")
     return found, (of([""]) if any(found.again) else found).flops_per_token
 
 

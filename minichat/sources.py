@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from minichat.errors import BadInput
+from minichat.errors import BadInput, why
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 # what lies beside data in data sets and is none
@@ -137,8 +137,8 @@ def _download(name: str, repo: str, revision: str | None, inside: str) -> tuple[
     except BadInput:
         raise
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        why = textwrap.shorten(str(unreached or error), 200, placeholder=" …")  # why there was no other way than a copy
-        raise BadInput(f"--data {name}: no such file or folder here, and the hub gave none: {why}") from None
+        hub = why(unreached or error)  # the former: why there was no other way than a copy
+        raise BadInput(f"--data {name}: no such file or folder here, and the hub gave none: {hub}") from None
     return tuple(folder / file for file in files)
 
 
@@ -148,7 +148,10 @@ def _hub_files(repo: str, kind: dict) -> list[str] | Exception:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return HfApi().list_repo_files(repo, **kind)
+        # one request, which is not tried again and again where there is no hub; of very many files it names not all
+        found = HfApi().dataset_info(repo, revision=kind["revision"] or "main", timeout=60).siblings
+        files = [file.rfilename for file in found or ()]
+        return files if 0 < len(files) < 10_000 else HfApi().list_repo_files(repo, **kind)
     except HFValidationError:
         raise
     except HfHubHTTPError as error:
@@ -277,5 +280,5 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict, int]]:
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's own, not pyarrow's word for bad bytes
             raise
-        why = textwrap.shorten(str(error), 200, placeholder=" …")
-        raise BadInput(f"{path} is not Parquet, or corrupt ({why}); fetch it again") from None
+        said = textwrap.shorten(str(error), 200, placeholder=" …")
+        raise BadInput(f"{path} is not Parquet, or corrupt ({said}); fetch it again") from None

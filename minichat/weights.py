@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from minichat import device as devices
 from minichat import int4 as quant
 from minichat.console import show
-from minichat.errors import BadInput
+from minichat.errors import BadInput, why
 from minichat.files import read_json, staged, write_json, write_tensors
 from minichat.lora import (
     CONFIG,
@@ -105,8 +104,7 @@ def _download(repo: str, revision: str | None) -> Path:
             at = snapshot_download(repo, **wanted, local_files_only=True)
             show(f"minichat: the hub did not answer ({type(error).__name__}): {repo} as far as it is here")
     except refused as error:
-        why = textwrap.shorten(str(unreached or error), 300, placeholder=" …")
-        raise BadInput(f"{repo}: no such folder here, and the hub gave none: {why}") from None
+        raise BadInput(f"{repo}: no such folder here, and the hub gave none: {why(unreached or error)}") from None
     if not any(Path(at).glob("*.safetensors")):
         how = TO_SAFETENSORS.replace("MODEL", repo).replace("FOLDER", repo.split("/")[1])
         raise BadInput(f"{repo} has no safetensors; pickle can run code: convert it where you trust it: {how}")

@@ -296,6 +296,10 @@ def test_words_that_begin_with_at(tmp_path, monkeypatch, capsys):
         parser.parse_args(["@odd"])
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and len(err) < 1500 and "--help lists the flags" in err
+    for typed, meant in (("--dat", "(did you mean --data?)"), ("--quite-another", "--quite-another;")):
+        with pytest.raises(SystemExit):
+            parser.parse_args([typed, "x"])
+        assert meant in capsys.readouterr().err.replace(" x;", ";")
 
 
 def test_a_prompt_and_a_stop_that_begin_with_at(done, endless):
