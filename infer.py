@@ -37,8 +37,9 @@ def parse():
     )
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text")
     cli.activations_flag(group)
-    group.add_argument("--kv-cache", choices=["auto", "int8"], default="auto", help="of what was read: bf16 with "
-                       "--int4 on the CPU, else as the model; int8 halves it, and is less exact")  # fmt: skip
+    group.add_argument("--kv-cache", choices=["auto", "int8"], default="auto", help="of what was read: auto is bf16 "
+                       "where all blocks run in one call on the CPU (INT4), else as the model; int8 is smaller, and "
+                       "less exact")  # fmt: skip
     group.add_argument(
         "--speculate",
         action="store_true",
@@ -63,6 +64,9 @@ def main() -> None:
     prompts = read_prompts(args)
     if args.model is None:
         args.model = cli.default_model("dpo", "sft")
+
+    if prompts is None and (unused := changed & {"json", "batch_size"}):
+        raise BadInput(f"{flags(unused)} in a conversation, which takes a line at a time; give --prompt or --file")
 
     from minichat import converse, generation
 

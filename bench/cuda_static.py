@@ -30,7 +30,8 @@ from recording import commit  # noqa: E402
 
 from minichat import kernels  # noqa: E402
 
-TARGETS = (80, 90, 100)
+TARGETS = (80, 89, 90, 100, 120)
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a block may have
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 int4, step = kernels.named("int4_triton"), kernels.named("step_triton")
 POINTERS = {
@@ -168,9 +169,11 @@ def main() -> None:
             if not re.search(args.kernels, name):
                 continue
             of[name] = figures = examined()
+            figures["fits"] = figures["shared_bytes"] <= SHARED[target] * 1024
             share = figures.get("instructions_per_weight", "")
             if not args.json:
-                line = f"{figures['registers']:4} registers {figures['spills']:4} spilled {share}"
+                over = "" if figures["fits"] else f" {figures['shared_bytes']} bytes of shared memory are too many"
+                line = f"{figures['registers']:4} registers {figures['spills']:4} spilled {share}{over}"
                 print(f"sm_{target:<4} {name:50} {line}")
     if not all(found.values()):
         parser.error(f"--kernels {args.kernels}: no kernel has such a name")

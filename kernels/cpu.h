@@ -189,7 +189,8 @@ INLINE typename Lanes<W>::F load_floats(const void* p, Kind kind, int64_t at) {
     const U half = widen<W>(static_cast<const uint16_t*>(p) + at);
     if (kind == BF16) return (F)(half << 16);
     const F magnitude = (F)((half & 0x7fff) << 13) * 0x1p112f;  // moves the exponent's bias from 15 to 127
-    return (F)((U)magnitude | (half & 0x8000) << 16);
+    const U special = (U)((half & 0x7c00) == 0x7c00) & 0x7f800000;  // of infinity and NaN, which have no exponent
+    return (F)((U)magnitude | special | (half & 0x8000) << 16);
 }
 
 template <int W>

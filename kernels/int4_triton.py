@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from minichat import files
+from minichat.errors import BadInput
 from minichat.kernels import int4_reference as reference
 
 if TorchVersion(triton.__version__) < (3, 5):  # whose products take no 8 tokens
@@ -52,6 +53,7 @@ TABLES = {
     90: {**GENERIC, 128: (128, 8, 3, 1)},
     100: {**GENERIC, 32: (32, 2, 3, 8), 64: (32, 4, 3, 4), 128: (16, 4, 3, 4)},
 }
+TABLES[120] = {**TABLES[100], 8: (64, 2, 3, 4)}  # the shared memory of 89
 
 
 # ---- the kernels ----------------------------------------------------------------------------------------------------
@@ -266,7 +268,7 @@ def quantize_kernel(w, scale, zero, q, best, count, candidates, top, G: tl.const
         steps = tl.minimum(tl.maximum(tl.div_rn(x, s + tl.zeros_like(x)), -z), top - z)
         steps = (steps + 12582912.0) - 12582912.0  # to the nearest, ties to even: 1.5 * 2^23 leaves no fraction
         error = tl.sum((steps * s - x) * (steps * s - x), axis=1)
-        better = error < least
+        better = (error < least) | (i == 0)  # also where all of them overflow
         least, chosen = tl.where(better, error, least), tl.where(better, i, chosen)
         codes = tl.where(better[:, None], steps + z, codes)
     tl.store(q + at, codes.to(tl.uint8), mask=there[:, None])
@@ -385,7 +387,8 @@ def linear(x: Tensor, weight: Packed | Tensor, out: Tensor, norm=None, then: str
     """
     (M, K), N = x.shape, out.shape[1]
     packed = isinstance(weight, Packed)
-    BN, warps, stages, SPLIT = tiling(x.device, M, N, K, 2 if then == "silu" else 1, packed)
+    groups = group_name(weight) if packed else None
+    BN, warps, stages, SPLIT = tiling(x.device, M, N, K, 2 if then == "silu" else 1, groups)
     BM = max(8, triton.next_power_of_2(M))
     partial, arrived = workspace(x.device)
     squares, parts, eps = norm or (None, 0, 0.0)
@@ -403,12 +406,20 @@ def linear(x: Tensor, weight: Packed | Tensor, out: Tensor, norm=None, then: str
     return tiles
 
 
-def tiling(device: torch.device, M: int, N: int, K: int, weights: int, packed: bool) -> tuple[int, int, int, int]:
-    """Rows of a tile, warps, stages, and how many programs share a tile's columns; of M tokens by weights of N rows."""
+def group_name(weight: Packed) -> str:
+    """What of a weight decides how its tiles compile."""
+    return f"{weight.group_size}{' asymmetric' * (weight.zero is not None)}"
+
+
+def tiling(device: torch.device, M: int, N: int, K: int, weights: int, groups: str | None) -> tuple[int, int, int, int]:
+    """Rows of a tile, warps, stages, and how many programs share a tile's columns; of M tokens by weights of N rows.
+
+    groups: group_name of an INT4 weight; None of floats, which take four times the memory of the tiles that were timed.
+    """
     kind, multiprocessors = card(device)
     BM = max(8, triton.next_power_of_2(M))
-    known = tuned(device) if packed else {}  # tiles that were timed over INT4: floats take four times the memory
-    BN, warps, stages, each = known.get(f"{BM} {weights * N} {K}") or TABLES[kind][BM]
+    known = tuned(device) if groups else {}
+    BN, warps, stages, each = known.get(f"{BM} {weights * N} {K} {groups}") or TABLES[kind][BM]
     tiles = triton.cdiv(N, BN)
     split = min(round(each * multiprocessors / tiles), K // COLUMNS, WORKSPACE // (weights * tiles * BN * BM))
     return BN, warps, stages, max(1, split)
@@ -416,14 +427,18 @@ def tiling(device: torch.device, M: int, N: int, K: int, weights: int, packed: b
 
 @functools.cache
 def tuned(device: torch.device) -> dict[str, list[int]]:
-    """What minichat/tune.py has found for this kind of card: rows as in TABLES by "tokens N K"."""
+    """What minichat/tune.py has found for this kind of card: rows as in TABLES by "tokens N K groups"."""
     file = tuned_file(device)
-    return files.read_json(file) if file.exists() else {}
+    try:
+        return files.read_json(file, missing={})
+    except BadInput as error:  # a cache is no reason to fail
+        print(f"minichat: tiles that were tuned are left out: {error}", file=sys.stderr)
+        return {}
 
 
 def tuned_file(device: torch.device) -> Path:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return files.cache_folder() / f"tiles-{re.sub('[^A-Za-z0-9]+', '-', name)}.json"
+    return files.cache_folder() / f"tiles-{re.sub('[^A-Za-z0-9]+', '-', f'{name} triton {triton.__version__}')}.json"
 
 
 def programmatic(device: torch.device) -> bool:

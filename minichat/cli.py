@@ -163,7 +163,8 @@ def quantise_flags(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--bits", type=int, default=4, choices=[4, 8], help="--int4: of a quantised weight")
     group.add_argument("--group-size", type=int, metavar="N", help="--int4: weights of one scale, 32, 64 or 128 "
                        "(without it: 32, of nf4 64)")  # fmt: skip
-    group.add_argument("--asymmetric", action="store_true", help="--int4: a zero-point beside each group's scale")
+    group.add_argument("--asymmetric", action="store_true", help="--int4: a zero-point beside each group's "
+                       "scale, with which transformers (5.24) does not open what is saved")  # fmt: skip
     group.add_argument("--lm-head", action="store_true", help="--int4: the head too (without it: as it is, but "
                        "8 bits where infer.py decodes in fp32 on the CPU)")  # fmt: skip
 

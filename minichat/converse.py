@@ -11,6 +11,7 @@ from typing import TextIO
 import torch
 
 from minichat import chat, device, generation
+from minichat.console import plural
 from minichat.errors import BadInput
 from minichat.generation import Answer, Sampling
 from minichat.model import Mistral
@@ -93,16 +94,17 @@ class Talk:
             "prompt_tokens": answer.prompt_tokens,
             "new_tokens": len(answer.ids),
             "first_token_seconds": round(answer.first_token_seconds, 4),
-            "tokens_per_s": round(answer.tokens_per_s, 2),
+            "tokens_per_s": answer.tokens_per_s and round(answer.tokens_per_s, 2),
         }
 
     def report(self, found: list[Answer]) -> None:
         if "minichat.lazy" in sys.modules:  # an HPU emulated on a CPU, whose speed says nothing
             return
         new = sum(len(answer.ids) for answer in found)
-        rate = sum(answer.tokens_per_s for answer in found if len(answer.ids) > 1)
+        rate = sum(answer.tokens_per_s or 0 for answer in found)
+        at = f" at {rate:.1f} tokens/s" * bool(rate)
         say(
-            f"{found[0].first_token_seconds:.2f} s to the first token, {new} tokens at {rate:.1f} tokens/s, "
+            f"{found[0].first_token_seconds:.2f} s to the first token, {plural(new, 'token')}{at}, "
             f"peak memory {device.peak_memory_gib(self.model.device):.2f} GiB"
             + (f", --seed {self.sampling.seed}" if self.sampling.temperature else "")
         )

@@ -343,7 +343,7 @@ def _perplexity(args, model, tokenizer, text: str) -> dict[str, float]:
 
 
 def _preferences(args, model, tokenizer, template: str) -> dict[str, float]:
-    from minichat import examples, sources, store, weights
+    from minichat import examples, int4, sources, store, weights
 
     encoder = examples.Dpo(tokenizer, template, args.max_length, args.max_prompt_length)
     items, report = store.load(sources.find(args.pairs), encoder)
@@ -356,6 +356,8 @@ def _preferences(args, model, tokenizer, template: str) -> dict[str, float]:
         )
         if other.fingerprint != tokenizer.fingerprint:
             raise BadInput(f"--reference {args.reference} has another tokenizer than {args.model}")
+        if args.activations == "int8":  # as the model's: roundings of two kinds would be compared
+            int4.set_exact(reference, False)
     return preferences(model, items, args.batch_size, reference)
 
 

@@ -32,7 +32,7 @@ _OLD = ".old"  # in a folder that is being written: what it replaces
 def cache_folder() -> Path:
     """Where what can be made again is kept: $MINICHAT_CACHE, else the user's cache. Raises OSError if there is none."""
     if folder := os.environ.get("MINICHAT_CACHE"):
-        return Path(folder)
+        return Path(folder).expanduser().absolute()
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minichat"
     except RuntimeError as error:  # neither $HOME nor an entry for this user
@@ -199,9 +199,9 @@ def appearing(folder: Path) -> Iterator[Path]:
         scratch.chmod(folder.parent.stat().st_mode & 0o777)
         yield scratch
         for path in [*scratch.rglob("*"), scratch]:
-            _sync(path)
+            sync(path)
         scratch.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be written: {error.strerror or error}") from None
     except BadInput as error:
@@ -229,7 +229,7 @@ def alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -255,7 +255,7 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
             with suppress(OSError):
                 if _forsaken(begun) and not (begun / _OLD).exists():  # which may hold what was to be replaced
                     shutil.rmtree(begun)
-        scratch = Path(tempfile.mkdtemp(prefix=f"{PART}{platform.node()}-{os.getpid()}-", dir=folder))
+        scratch = Path(tempfile.mkdtemp(prefix=f"{PART}{_place()}-{os.getpid()}-", dir=folder))
         yield scratch
         _swap(scratch, folder, last, stale)
     except OSError as error:
@@ -270,9 +270,17 @@ def staged(folder: str | Path, last: str, stale: Sequence[str] = ()) -> Iterator
                 path.rmdir()
 
 
+def _place() -> str:
+    """Where a process's number is its own: containers of one host name count for themselves."""
+    try:
+        return f"{platform.node()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux
+        return platform.node()
+
+
 def _forsaken(begun: Path) -> bool:
     """Whether nobody writes into a folder of staged() any more: its process is gone, or no file came for a day."""
-    if own := re.fullmatch(re.escape(f"{PART}{platform.node()}-") + r"(\d+)-\w+", begun.name):
+    if own := re.fullmatch(re.escape(f"{PART}{_place()}-") + r"(\d+)-\w+", begun.name):
         try:
             os.kill(int(own[1]), 0)  # asks, and sends nothing
         except ProcessLookupError:

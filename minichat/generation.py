@@ -399,7 +399,10 @@ def generate(
 
 @dataclass
 class Answer:
-    """A generated text. finish: "stop" (a stop id or string) or "length". seconds to the first token, and in all."""
+    """A generated text. finish: "stop" (a stop id or string) or "length". seconds to the first token, and in all.
+
+    read_first: how many tokens the host read at once with the first one, and at the same time.
+    """
 
     text: str
     ids: list[int]
@@ -407,11 +410,13 @@ class Answer:
     prompt_tokens: int
     first_token_seconds: float
     seconds: float
+    read_first: int = 1
 
     @property
-    def tokens_per_s(self) -> float:
-        """The rate of decoding: the tokens after the first over the time after it."""
-        return (len(self.ids) - 1) / max(1e-9, self.seconds - self.first_token_seconds)
+    def tokens_per_s(self) -> float | None:
+        """The rate of decoding: the tokens after the first reading over the time after it. None if it was the last."""
+        later = len(self.ids) - self.read_first
+        return later / max(1e-9, self.seconds - self.first_token_seconds) if later > 0 else None
 
 
 def all_stops(tokenizer: Tokenizer, stop: Sequence[str], stop_ids: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -469,7 +474,5 @@ def answer(
     for row in rows:
         if not streams[row].stopped:
             emit(row, streams[row].flush())
-    return [
-        Answer(streams[r].text, ids[r], finish[r], len(prompts[r]), first, total if ended[r] is None else ended[r])
-        for r in rows
-    ]
+    ends, every = [total if end is None else end for end in ended], device.tokens_between_syncs(model.device)
+    return [Answer(streams[r].text, ids[r], finish[r], len(prompts[r]), first, ends[r], every) for r in rows]

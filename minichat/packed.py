@@ -24,7 +24,6 @@ VERSION = 2  # of the file, and of the layout in kernels/int4_cpu.cpp
 LARGE = 64 << 20  # bytes of a model from which on it is kept
 FILE = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
-HEAD = quant.Scheme(bits=8, group_size=128, skip=())
 
 
 def load_model(
@@ -44,10 +43,13 @@ def load_model(
         return weights.load_model(source, device, dtype, int4, adapter)
     at = files.cache_folder() / "packed" / _key(folder, adapters, scheme)
     if (at / FILE).exists():
+        weights.warn_of(source, adapters, scheme, adapter and adapters[-1])
         return _open(at / FILE, folder, scheme), weights.tokenizer_of(folder, adapters)
     model, tokenizer = weights.load_model(source, device, dtype, int4, adapter)
-    _quantise_head(model)
-    tensors = {} if lora.adapted(model) else _tensors(model)
+    if type(model.lm_head) is nn.Linear and (of_head := _of_head(model.lm_head)):
+        model.lm_head = quant.Int4Linear.from_weight(model.lm_head.weight.detach(), of_head)
+    tied = model.config.tie_word_embeddings and type(model.lm_head) is nn.Linear  # which no group fits
+    tensors = {} if tied or lora.adapted(model) else _tensors(model)
     if sum(tensor.nbytes for tensor in tensors.values()) < LARGE:
         return model, tokenizer
     try:
@@ -71,11 +73,10 @@ def _key(folder: Path, adapters: list[lora.Adapter], scheme: quant.Scheme) -> st
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
 
 
-@torch.no_grad()
-def _quantise_head(model: Mistral) -> None:
-    head = model.lm_head
-    if type(head) is nn.Linear and head.in_features % HEAD.group_size == 0:
-        model.lm_head = quant.Int4Linear.from_weight(head.weight, HEAD)
+def _of_head(head: nn.Linear) -> quant.Scheme | None:
+    """How a head is held that the model's scheme leaves as it is: in 8 bits, in the largest groups that fit."""
+    fitting = [size for size in (128, 64, 32) if head.in_features % size == 0]
+    return quant.Scheme(bits=8, group_size=fitting[0], skip=()) if fitting else None
 
 
 def _tensors(model: Mistral) -> dict[str, Tensor]:
@@ -119,7 +120,7 @@ def _open(file: Path, folder: Path, scheme: quant.Scheme) -> Mistral:
                 blocks, words, groups = -(-N // 16), codes.shape[1], scale.shape[1]
                 fits = codes.shape == (blocks, words, 16) and scale.shape == (blocks, groups, 16)
                 fits &= codes.dtype == torch.int32 and scale.dtype in quant.reference.SCALE_DTYPES
-                quantised = scheme if quant.wanted(name, module, scheme) else HEAD
+                quantised = scheme if quant.wanted(name, module, scheme) else _of_head(module)
                 fits &= (words, groups) == (K * quantised.bits // 32, K // quantised.group_size)
                 fits &= (zero is None) == quantised.symmetric
                 fits &= zero is None or (zero.shape, zero.dtype) == (scale.shape, torch.uint8)

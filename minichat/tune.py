@@ -5,15 +5,15 @@ python -m minichat.tune --model FOLDER --tokens 1
 """
 
 import itertools
-import json
 import statistics
 import sys
 
 import torch
 
-from minichat import cli, kernels
+from minichat import cli, files, kernels
 from minichat import device as devices
 from minichat.errors import BadInput
+from minichat.kernels.int4_reference import Packed
 
 MISTRAL = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]  # q, k, v together; o; gate and up; down
 ROWS, WARPS, STAGES, PROGRAMS = (32, 64, 128), (2, 4), (3, 4), (2, 4, 6)  # of TABLES in int4_triton.py
@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--model", metavar="FOLDER", help="whose weights (without it: Mistral-7B's)")
     parser.add_argument("--device", default="auto", help="cuda or cuda:N")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 32], help="at a time")
+    parser.add_argument("--group-size", type=int, default=32, choices=[32, 64, 128], help="of the weights' scales")
+    parser.add_argument("--asymmetric", action="store_true", help="weights with zero-points")
     args = parser.parse_args()
     if not 1 <= min(args.tokens) <= max(args.tokens) <= 128:
         raise BadInput(f"--tokens {' '.join(map(str, args.tokens))}; the kernel takes from 1 to 128 at a time")
@@ -44,27 +46,35 @@ def main() -> None:
         shapes.append((D, c.intermediate_size))
     table = dict(int4_triton.tuned(where))
     for tokens, (N, K) in itertools.product(args.tokens, shapes):
-        name = f"{max(8, 1 << (tokens - 1).bit_length())} {N} {K}"
         with torch.cuda.device(where):  # events and graphs are of the current one
-            before, best, found = tune(where, tokens, N, K, name, "silu" if shapes[2] == (N, K) else "")
+            weights = random_weights(where, N, K, args.group_size, args.asymmetric)
+            name = f"{max(8, 1 << (tokens - 1).bit_length())} {N} {K} {int4_triton.group_name(weights[0])}"
+            before, best, found = tune(where, tokens, weights, name, "silu" if shapes[2] == (N, K) else "")
         table[name] = found
         print(f"{name}: {before:.1f} -> {best:.1f} microseconds with {found}", flush=True)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(table, indent=1) + "\n")
+        with files.staged(file.parent, last=file.name) as new:
+            files.write_json(new / file.name, table)
     print(f"minichat: kept in {file}", file=sys.stderr)
 
 
-def tune(where: torch.device, tokens: int, N: int, K: int, name: str, then: str) -> tuple[float, float, list[int]]:
+def random_weights(where: torch.device, N: int, K: int, group_size: int, asymmetric: bool) -> list[Packed]:
+    """More of them than the second cache holds."""
+    weights = []
+    for _ in range(2 * torch.cuda.get_device_properties(where).L2_cache_size // (N * K // 2) + 2):
+        codes = torch.randint(-(2**15), 2**15, (N // 16, K // 128, 16, 32), device=where, dtype=torch.int16)
+        scale = torch.rand(N // 16, K // group_size, 16, device=where).bfloat16() / 100
+        zero = torch.full(scale.shape, 8, device=where, dtype=torch.uint8) if asymmetric else None
+        weights.append(Packed(codes, scale, zero, N, K, group_size, 4))
+    return weights
+
+
+def tune(
+    where: torch.device, tokens: int, weights: list[Packed], name: str, then: str
+) -> tuple[float, float, list[int]]:
     """Microseconds with the table's tile and with the best, and that: rows, warps, stages, programs."""
     from minichat.kernels import int4_triton
-    from minichat.kernels.int4_reference import Packed
 
-    cache = torch.cuda.get_device_properties(where).L2_cache_size
-    weights = []
-    for _ in range(2 * cache // (N * K // 2) + 2):  # more than the cache holds
-        codes = torch.randint(-(2**15), 2**15, (N // 16, K // 128, 16, 32), device=where, dtype=torch.int16)
-        scale = torch.rand(N // 16, K // 128, 16, device=where).bfloat16() / 100
-        weights.append(Packed(codes, scale, None, N, K, 128, 4))
+    N, K = weights[0].out_features, weights[0].in_features
     x = torch.randn(tokens, K, device=where, dtype=torch.bfloat16)
     out = torch.empty(tokens, N // 2 if then else N, device=where, dtype=torch.bfloat16)
     known = int4_triton.tuned(where)

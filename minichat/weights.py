@@ -171,7 +171,8 @@ class Shards:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        if (folder / INDEX).exists():
+        file = folder / "model.safetensors"  # first, as transformers does: it leaves the index of shards it replaces
+        if (folder / INDEX).exists() and not file.exists():
             self.files = read_json(folder / INDEX).get("weight_map")
             named = isinstance(self.files, dict) and all(isinstance(f, str) for f in self.files.values())
             if not self.files or not named:
@@ -182,7 +183,6 @@ class Shards:
                 if not (folder / name).exists():
                     raise BadInput(f"{folder / name}: not there, but {INDEX} lists it; download it again")
             return
-        file = folder / "model.safetensors"
         if not file.exists():
             pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
             if pickles:
@@ -257,10 +257,7 @@ def load_model(
     where = devices.pick(device)
     dtype = dtype or devices.default_dtype(where)
     folder, scheme, merged, beside = _base_and_adapters(source, int4, adapter, only)
-    if adapter is not None:
-        own = [*merged, *beside][-1].metadata.get("base_fingerprint")
-        if own and own != identity(resolve(source)):
-            show(f"minichat: warning: {adapter} was trained over other weights than {source}")
+    warn_of(source, merged, scheme, adapter and [*merged, *beside][-1])
     if not devices.holds_values(where):
         return _shapes(source, folder, scheme, merged, beside, where, dtype)
     model = without_weights(read_config(folder))
@@ -330,10 +327,16 @@ def _base_and_adapters(
             f"{folder} is quantised: the adapter {name} cannot be merged into it; merge it into the float model, and "
             f"use that with --int4: python -m minichat.lora merge --adapter {name} --base FLOAT --force --out MERGED"
         )
+    return folder, scheme, merged, beside
+
+
+def warn_of(source: str | Path, merged: list[Adapter], scheme: quant.Scheme | None, given: Adapter | None) -> None:
+    """Tell of adapters that go over other weights than they were trained over. given: the one beside `source`."""
+    if given is not None and (own := given.metadata.get("base_fingerprint")) and own != identity(resolve(source)):
+        show(f"minichat: warning: {given.folder} was trained over other weights than {source}")
     for one in merged:
         if over := one.metadata.get("int4"):
             say_merged_over(one.folder, over, "float weights" if scheme is None else f"weights of {scheme}")
-    return folder, scheme, merged, beside
 
 
 def tokenizer_of(folder: Path, adapters: list[Adapter]) -> Tokenizer:
@@ -481,7 +484,8 @@ def save_model(
     if any(isinstance(m, quant.Int4Linear) for m in model.modules()):
         config["quantization_config"] = quant.quantization_config(model.scheme)
     stream = _tensors(model, dtype)
-    with staged(folder, last="config.json", stale=("model*.safetensors", INDEX, *TOKENIZER_FILES)) as new:
+    stale = ("model*.safetensors", INDEX, CONFIG, WEIGHTS, *TOKENIZER_FILES)
+    with staged(folder, last="config.json", stale=stale) as new:
         for file, shard in zip(names, shards):
             write_tensors(dict(next(stream) for _ in shard), new / file, finite=True)
         if len(shards) > 1:

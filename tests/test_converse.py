@@ -240,6 +240,16 @@ def test_a_flag_that_would_be_ignored_is_an_error(infer, flags, parts):
         assert part in error
 
 
+@pytest.mark.parametrize("flags", [["--json"], ["--batch-size", "4"]])
+def test_flags_of_prompts_are_refused_in_a_conversation(monkeypatch, flags):
+    import infer
+
+    monkeypatch.setattr(sys, "argv", ["infer.py", *flags])
+    monkeypatch.setattr(infer, "read_prompts", lambda args: None)  # on a terminal
+    with pytest.raises(BadInput, match=f"{flags[0]} in a conversation"):
+        infer.main()
+
+
 def test_an_empty_file_name_is_an_error(infer):
     assert "--file is empty" in error_of(infer("--file", ""))
 

@@ -14,7 +14,7 @@ import torch
 from helpers import make
 
 import minichat
-from minichat import chat, cli, device, evaluate
+from minichat import chat, cli, device, evaluate, int4
 from minichat.errors import BadInput
 from minichat.evaluate import exact_match, last_number
 from minichat.examples import Pair
@@ -430,6 +430,20 @@ def test_a_part_that_fails_takes_no_other_score_with_it(base, tmp_path, monkeypa
         cli.run(evaluate.main)
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and "| perplexity |" in out and "another tokenizer" in err.splitlines()[-1]
+
+
+def test_a_reference_is_rounded_as_the_model(base, tmp_path, monkeypatch):
+    """Or roundings of two kinds would be compared."""
+    pair = {"prompt": "1 + 2?", "chosen": "It is 3.", "rejected": "It is 4."}
+    (tmp_path / "p.jsonl").write_text(json.dumps(pair) + "\n")
+    seen = []
+    score = lambda model, items, size, reference: (seen.extend([model, reference]), {"reward accuracy": 0.0})[1]  # noqa: E731
+    monkeypatch.setattr(evaluate, "preferences", score)
+    flags = ["--pairs", str(tmp_path / "p.jsonl"), "--reference", str(base), "--int4", "--activations", "int8"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--model", str(base), *flags])
+    evaluate.main()
+    exact = [{m.exact for m in each.modules() if isinstance(m, int4.Int4Linear)} for each in seen]
+    assert exact == [{False}, {False}]
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,24 @@ def test_no_host_synchronisation_between_reads(monkeypatch):
     assert len(reads) <= 32 // 8 and len(steps) >= 8
 
 
+def test_the_rate_is_of_tokens_after_the_first_reading(monkeypatch):
+    """Where the host reads 16 tokens at once, the time between the first and the last of them says nothing."""
+    from minichat import device
+
+    tokenizer, model = Tokenizer(BASE), make(vocab_size=Tokenizer(BASE).vocab_size)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: next(clock))  # a second for every look at it
+
+    def rate(new, every):
+        monkeypatch.setattr(device, "tokens_between_syncs", lambda where: every)
+        [answer] = generation.answer(model, tokenizer, [[5, 6]], new, Sampling(), stop_ids=())
+        assert len(answer.ids) == new
+        return answer.tokens_per_s
+
+    assert rate(1, 1) is rate(16, 16) is rate(12, 16) is None
+    assert rate(9, 1) == pytest.approx(8 / 9) and rate(40, 16) == pytest.approx(24 / 40)
+
+
 @pytest.fixture
 def keeping(monkeypatch):
     monkeypatch.setattr("minichat.device.keeps_graphs", lambda where: True)  # as on CUDA

@@ -71,6 +71,37 @@ def test_the_second_start_is_the_first(folder, tmp_path, scheme, monkeypatch):
     assert same(first, load(folder, int4=scheme))
 
 
+@pytest.mark.parametrize("width", [128, 192, 96])
+def test_a_head_that_is_the_embedding(folder, tmp_path, width, monkeypatch):
+    """As of small models, whose width may be no multiple of 128: a model of its own scheme, and the head in 8 bits."""
+    tokenizer = Tokenizer(tmp_path / "tokenizer")
+    heads = width // 32
+    config = Config(tokenizer.vocab_size, width, 128, 2, heads, heads, 32, 16, 512, tie_word_embeddings=True)
+    model = Mistral(config)
+    model.init_weights(0)
+    save(model, tokenizer, tmp_path / "tied")
+    first = load(tmp_path / "tied")
+    assert len(kept(tmp_path)) == 1 and first.lm_head.bits == 8
+    table = model.model.embed_tokens.weight
+    assert (first.lm_head.dequantize() - table).norm() / table.norm() < 0.01
+    monkeypatch.setattr(weights, "load_model", None)
+    assert same(first, load(tmp_path / "tied"))
+
+
+def test_what_the_first_start_warns_of_the_second_does_too(folder, tmp_path, capsys):
+    base = weights.load_model(folder, "cpu")[0]
+    lora.attach(base, 4, 8)
+    lora.save(base, tmp_path / "adapter", base=str(folder), metadata={"base_fingerprint": base.identity})
+    file = folder / "model.safetensors"
+    changed = {name: tensor * 1.01 for name, tensor in files.read_tensors(file).items()}
+    files.write_tensors(changed, file)
+    for _ in range(2):
+        capsys.readouterr()
+        load(folder, adapter=str(tmp_path / "adapter"))
+        assert "was trained over other weights than" in capsys.readouterr().err
+    assert len(kept(tmp_path)) == 1
+
+
 def test_other_weights_adapters_and_schemes_are_other_files(folder, tmp_path):
     load(folder)
     load(folder, int4=int4.Scheme(8))

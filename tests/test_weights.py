@@ -549,6 +549,32 @@ def sharded(change):
     return make_index
 
 
+def test_one_file_goes_before_an_index_of_shards(tmp_path):
+    """transformers saves so over a folder of shards: it deletes them and leaves their index."""
+    tokenizer = Tokenizer(BASE)
+    old, new = (make(seed=seed, vocab_size=tokenizer.vocab_size) for seed in (0, 1))
+    minichat.save(old, tokenizer, tmp_path, shard_bytes=50_000)
+    for gone in (False, True):
+        minichat.save(new, tokenizer, tmp_path / "new")
+        shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path)
+        for shard in tmp_path.glob("model-*") if gone else ():
+            shard.unlink()
+        assert torch.equal(weights.load_model(tmp_path, "cpu")[0].lm_head.weight, new.lm_head.weight)
+
+
+def test_a_model_that_is_saved_over_an_adapter_is_what_is_there(tmp_path):
+    tokenizer = Tokenizer(BASE)
+    model = make(vocab_size=tokenizer.vocab_size)
+    minichat.save(model, tokenizer, tmp_path / "base")
+    lora.attach(model, 4, 8)
+    lora.save(model, tmp_path / "run", base=str(tmp_path / "base"))
+    whole, _ = weights.load_model(tmp_path / "run", "cpu")
+    with torch.no_grad():
+        whole.lm_head.weight.mul_(2)
+    minichat.save(whole, tokenizer, tmp_path / "run")
+    assert torch.equal(weights.load_model(tmp_path / "run", "cpu")[0].lm_head.weight, whole.lm_head.weight)
+
+
 def rename(index):
     first = next(iter(index["weight_map"]))
     index["weight_map"][first] = "model-00009-of-00002.safetensors"

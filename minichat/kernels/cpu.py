@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minichat.errors import BadInput
-from minichat.files import cache_folder
+from minichat.files import cache_folder, staged, sync
 from minichat.kernels import _sources
 from minichat.kernels import int4_reference as reference
 from minichat.kernels.int4_reference import Packed
@@ -197,14 +196,17 @@ def _build_and_load() -> ctypes.CDLL | None:
     try:
         path = _build()
         _share_openmp()
-        loaded = ctypes.CDLL(str(path))
-    except (OSError, subprocess.CalledProcessError) as error:
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError:  # a file that was cut, or is of another machine
+            path.unlink()
+            loaded = ctypes.CDLL(str(_build()))
+    except (OSError, BadInput, subprocess.CalledProcessError) as error:
         why = getattr(error, "stderr", None) or str(error)
         why = next((line for line in why.splitlines() if "error" in line), why.strip()).strip()
-        print(
-            f"minichat: no C++ kernel, so INT4 runs on the slow reference: {why} (set CXX to a C++17 compiler)",
-            file=sys.stderr,
-        )
+        of_cache = isinstance(error, BadInput)
+        how = "$MINICHAT_CACHE may name another folder" if of_cache else "set CXX to a C++17 compiler"
+        print(f"minichat: no C++ kernel, so INT4 runs on the slow reference: {why} ({how})", file=sys.stderr)
         return None
     i, n, p = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     weight = [p, p, i, p, n, n, n, i]
@@ -219,7 +221,10 @@ def _build_and_load() -> ctypes.CDLL | None:
 
 
 def _build() -> Path:
-    """The compiled library's path in the cache; compiles it if it is not there. Raises OSError, CalledProcessError."""
+    """The compiled library's path in the cache; compiles it if it is not there.
+
+    Raises OSError, CalledProcessError, and BadInput where the cache cannot be written.
+    """
     known = [file.read_bytes() for file in SOURCES + INCLUDED], FLAGS, LINK, sys.platform, platform.machine()
     source = hashlib.sha256(repr(known).encode()).hexdigest()
     folder = cache_folder()
@@ -234,18 +239,18 @@ def _build() -> Path:
     path = folder / f"cpu-{source[:16]}-{_made_by(compiler, version)}.so"
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"minichat: compiling kernels/*_cpu.cpp (once, into {folder})", file=sys.stderr)
 
     def compile_to(out: Path, *arguments: str | Path) -> Path:
         command = [*compiler, *FLAGS, *map(str, arguments), "-o", str(out)]
         subprocess.run(command, capture_output=True, text=True, check=True)
         return out
 
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor() as pool:
-        objects = pool.map(lambda source: compile_to(Path(scratch, source.name + ".o"), "-c", source), SOURCES)
-        built = compile_to(Path(scratch, path.name), *LINK, *objects)
-        os.replace(built, path)  # whole or not at all, also when two processes build at once
+    with staged(folder, last=path.name) as scratch, ThreadPoolExecutor() as pool:  # two processes may build at once
+        print(f"minichat: compiling kernels/*_cpu.cpp (once, into {folder})", file=sys.stderr)
+        objects = [*pool.map(lambda source: compile_to(scratch / f"{source.name}.o", "-c", source), SOURCES)]
+        sync(compile_to(scratch / path.name, *LINK, *objects))
+        for file in objects:
+            file.unlink()
     return path
 
 
