@@ -67,7 +67,7 @@ struct Quantize {
     Kind w_kind;
     int64_t N, K, G, candidates;
     const float* scale;         // (candidates, N, K / G)
-    const uint8_t* zero;        // the same shape, or null
+    const uint8_t* zero;        // the same shape
     int top;                    // the largest code
     uint8_t* q;                 // (N, K)
     uint8_t* best;              // (N, K / G): which candidate won
@@ -450,7 +450,7 @@ INLINE void quantize_rows(const Quantize& job, int64_t first, int64_t last) {
         float lowest = 0, scale = 0, least = 0;
         for (int64_t c = 0; c < job.candidates; c++) {
             const int64_t here = c * job.N * groups + at;
-            const float zero = job.zero ? job.zero[here] : static_cast<float>((job.top + 1) / 2);
+            const float zero = job.zero[here];
             const float error = squared_error<W>(w.data(), G, job.scale[here], -zero, job.top - zero);
             if (c > 0 && !(error < least)) continue;
             least = error, scale = job.scale[here], lowest = -zero;

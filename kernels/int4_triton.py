@@ -56,33 +56,25 @@ TABLES = {
 TABLES[120] = {**TABLES[100], 8: (64, 2, 3, 4)}  # the shared memory of 89
 
 
+def _planes(offset: str) -> tl.constexpr:
+    """PTX: of two words in $4, the four pairs of nibbles | offset, in $0 .. $3."""
+    shifts = "".join(f"shr.u32 {to}, $4, {4 * i};" for i, to in enumerate("stu", 1))
+    ors = "".join(f"lop3.b32 ${i}, {of}, 0x000F000F, {offset}, 0xEA;" for i, of in enumerate(("$4", "s", "t", "u")))
+    return tl.constexpr(f"{{ .reg .b32 s, t, u; {shifts} {ors} }}")
+
+
+PLANES_BF16, PLANES_FP16 = _planes("0x43004300"), _planes("0x64006400")
+
+
 # ---- the kernels ----------------------------------------------------------------------------------------------------
 @triton.jit
 def planes(w, dtype: tl.constexpr, ASM: tl.constexpr):
     """int16 words -> the four runs of their codes as numbers 128 + q (bf16) or 1024 + q (fp16)."""
     if ASM:
-        if dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                "{ .reg .b32 s, t, u; shr.u32 s, $4, 4; shr.u32 t, $4, 8; shr.u32 u, $4, 12;"
-                "lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA; lop3.b32 $1, s, 0x000F000F, 0x43004300, 0xEA;"
-                "lop3.b32 $2, t, 0x000F000F, 0x43004300, 0xEA; lop3.b32 $3, u, 0x000F000F, 0x43004300, 0xEA; }",
-                "=r,=r,=r,=r,r",
-                [w],
-                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-                is_pure=True,
-                pack=2,
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                "{ .reg .b32 s, t, u; shr.u32 s, $4, 4; shr.u32 t, $4, 8; shr.u32 u, $4, 12;"
-                "lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $1, s, 0x000F000F, 0x64006400, 0xEA;"
-                "lop3.b32 $2, t, 0x000F000F, 0x64006400, 0xEA; lop3.b32 $3, u, 0x000F000F, 0x64006400, 0xEA; }",
-                "=r,=r,=r,=r,r",
-                [w],
-                dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-                is_pure=True,
-                pack=2,
-            )
+        text: tl.constexpr = PLANES_BF16 if dtype == tl.bfloat16 else PLANES_FP16
+        return tl.inline_asm_elementwise(
+            text, "=r,=r,=r,=r,r", [w], dtype=(dtype.value, dtype.value, dtype.value, dtype.value), is_pure=True, pack=2
+        )
     else:
         word = w.to(tl.int32)
         above: tl.constexpr = 1024 if dtype == tl.float16 else 128

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minichat import sources
-from minichat.console import show
+from minichat.console import say
 from minichat.errors import BadInput
 from minichat.version import __version__
 
@@ -154,7 +154,7 @@ def emulate(args: argparse.Namespace) -> None:
     if args.emulate == "meta" and hasattr(args, "out"):
         args.out = Path(tempfile.mkdtemp(prefix="minichat-"))
         atexit.register(shutil.rmtree, args.out, ignore_errors=True)
-        show("minichat: shapes alone: all values are 0, and nothing is kept")
+        say("shapes alone: all values are 0, and nothing is kept")
 
 
 def quantise_flags(group: "argparse._ArgumentGroup") -> None:
@@ -329,7 +329,7 @@ def check_run_folder(args: argparse.Namespace) -> None:
     is_run = (args.out / "metrics.jsonl").exists()
     if args.resume and is_run and any((args.out / kind / last).exists() for kind, last in RESULTS.items()):
         further = f"--model {args.out} --out ANOTHER"
-        show(f"minichat: the run in {args.out} is done: nothing to resume; train further: {further}")
+        say(f"the run in {args.out} is done: nothing to resume; train further: {further}")
         sys.exit(0)
     if int(os.environ.get("RANK") or 0):  # of several processes the first one looks, and may have begun already
         return
@@ -348,7 +348,7 @@ def parse(parser: Parser, embedded: str) -> argparse.Namespace:
     if args.model or args.data or getattr(args, "from_config", None):
         return args
     file = BASE.parent / embedded
-    show(f"minichat: the embedded default, with the flags in {file}")
+    say(f"the embedded default, with the flags in {file}")
     return parser.parse_args([f"@{file}", *sys.argv[1:]])
 
 
@@ -358,10 +358,10 @@ def default_model(*runs: str) -> Path:
         if any((RUNS[run] / kind / last).exists() for kind, last in RESULTS.items()):
             return RUNS[run]
         if (RUNS[run] / "metrics.jsonl").exists():
-            show(f"minichat: {RUNS[run]} did not finish and holds no model: passed over")
+            say(f"{RUNS[run]} did not finish and holds no model: passed over")
     if runs:
         missing = " or ".join(str(RUNS[run]) for run in runs)
-        show(f"minichat: no finished {missing} here: the embedded base")
+        say(f"no finished {missing} here: the embedded base")
     return BASE
 
 
@@ -385,7 +385,7 @@ def start_run(args: argparse.Namespace) -> None:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         else:
             if not aside.exists():
-                show(f"minichat: the old run is kept in {aside} until this one is done")
+                say(f"the old run is kept in {aside} until this one is done")
             aside.mkdir(exist_ok=True)
             old.rename(aside / name)
     (args.out / "metrics.jsonl").touch()  # by it the folder is known as a run's, from its first file on
@@ -437,8 +437,9 @@ def load(args: argparse.Namespace, only_to_decode: bool = False):
     if getattr(args, "template", "auto") not in ("auto", "none"):
         chat.template_text(args.template, None)  # a wrong name is told before anything is loaded
     if getattr(args, "plan", False):
-        return weights.load_shapes(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)
-    show(f"minichat: loading {args.model}")
+        dtype = torch_dtype(args.dtype)
+        return weights.load_model(args.model, args.device, dtype, wanted, args.adapter, shapes_alone=True)
+    say(f"loading {args.model}")
     how = packed.load_model if only_to_decode else weights.load_model
     model, tokenizer = how(args.model, args.device, torch_dtype(args.dtype), wanted, args.adapter)
     if getattr(args, "activations", "exact") == "int8":

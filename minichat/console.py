@@ -13,6 +13,10 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
+def say(text: str) -> None:
+    show(f"minichat: {text}")
+
+
 def show(line: str) -> None:
     """Print to stderr; where nobody reads it any more (`2>&1 | head`), nothing stops."""
     if not speaks():

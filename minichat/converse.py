@@ -11,11 +11,10 @@ from typing import TextIO
 import torch
 
 from minichat import chat, device, generation
-from minichat.console import plural
+from minichat.console import plural, say
 from minichat.errors import BadInput
 from minichat.generation import Answer, Sampling
 from minichat.model import Mistral
-from minichat.runs import describe, say
 from minichat.tokenizer import Tokenizer
 
 COMMANDS = "Ctrl-C ends an answer, Ctrl-D the conversation; /new begins another, /exit leaves, /help tells this"
@@ -152,7 +151,9 @@ class Talk:
                 _print(row, piece)
 
             try:
-                self.report_after(self.answer([ids], on_text=show))
+                found = self.answer([ids], on_text=show)
+                print(flush=True)
+                self.report(found)
             except KeyboardInterrupt:
                 print("\n(stopped)", file=sys.stderr)
             if pieces:  # a question without an answer is as if it had not been asked: templates want them in turns
@@ -170,10 +171,6 @@ class Talk:
             say("the conversation passes the context: its oldest turn is forgotten")
         return history, ids
 
-    def report_after(self, found: list[Answer]) -> None:
-        print(flush=True)
-        self.report(found)
-
 
 def _print(_row: int, piece: str) -> None:
     print(piece, end="", flush=True)
@@ -189,3 +186,14 @@ def _ask(prompt: str) -> str:
 
 def _is_utf8(stream: TextIO) -> bool:
     return codecs.lookup(getattr(stream, "encoding", None) or "utf-8").name == "utf-8"
+
+
+def describe(model: Mistral) -> str:
+    """One line: where it runs, how large it is."""
+    count = sum(p.numel() for p in model.parameters()) + sum(
+        m.in_features * m.out_features for m in model.modules() if hasattr(m, "group_size")
+    )
+    dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
+    quantised = f", {model.scheme}" if model.scheme else ""
+    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
+    return f"{count / 1e6:,.1f} M weights, {dtype}{quantised}, on {model.device}{threads}"

@@ -19,7 +19,7 @@ from contextlib import suppress
 import torch
 import torch.nn.functional as F
 
-from minichat.console import show
+from minichat.console import say
 from minichat.errors import BadInput
 
 GIB = 1 << 30
@@ -77,7 +77,7 @@ def quantises(device: torch.device) -> torch.device:
 def holds_values(device: torch.device) -> bool:
     """Whether tensors there have values: not on an emulated device of shapes alone (lazy.py)."""
     emulated = sys.modules.get("minichat.lazy")
-    return not (device.type == "hpu" and emulated and emulated.shapes_alone())
+    return device.type != "meta" and not (device.type == "hpu" and emulated and emulated.shapes_alone())
 
 
 def mark_step(device: torch.device) -> None:
@@ -250,7 +250,7 @@ def one_kernel(function: Callable, device: torch.device, trial: Callable[[Callab
         trial(compiled)
     except Exception as error:  # each is another kind of error
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        show(f"minichat: warning: packed rows go document by document, which is slower: {why}")
+        say(f"warning: packed rows go document by document, which is slower: {why}")
         return None
     return compiled
 

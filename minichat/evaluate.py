@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from minichat import cli
-from minichat.console import show
+from minichat.console import say
 from minichat.errors import BadInput
 
 # the Open LLM Leaderboard's tasks of November 2023, their few-shot examples and metrics, by lm-eval's names
@@ -64,15 +64,9 @@ def exact_match(model, tokenizer, records: Sequence[dict], template: str, batch_
     stop_ids, stop = chat.stops(template, tokenizer)
     prompts = [chat.prompt_ids([{"role": "user", "content": r["question"]}], template, tokenizer) for r in records]
     texts = [""] * len(records)
-    by_length = sorted(range(len(records)), key=lambda i: -len(prompts[i]))  # what the first leaves serves the others
-    kept = generation.Kept()
-    for start in range(0, len(by_length), batch_size):
-        rows = by_length[start : start + batch_size]
-        batch = [prompts[i] for i in rows]
-        answers = generation.answer(
-            model, tokenizer, batch, max_new_tokens, generation.Sampling(), stop, stop_ids, kept=kept
-        )
-        for i, answer in zip(rows, answers):
+    args = batch_size, max_new_tokens, generation.Sampling(), stop, stop_ids
+    for found in generation.answers(model, tokenizer, prompts, *args):
+        for i, answer in found.items():
             texts[i] = answer.text
     right = [same_answer(text, str(r["answer"])) for text, r in zip(texts, records)]
     return {"exact_match": sum(right) / len(right), "answers": texts}
@@ -274,7 +268,7 @@ def main() -> None:
                 failed.append(str(error))
     except BaseException:
         for line in failed:
-            show(f"minichat: {line}")
+            say(line)
         raise
     finally:  # whatever ends one part, the scores of the others may have taken hours
         if scores and args.json:
@@ -347,7 +341,7 @@ def _preferences(args, model, tokenizer, template: str) -> dict[str, float]:
 
     encoder = examples.Dpo(tokenizer, template, args.max_length, args.max_prompt_length)
     items, report = store.load(sources.find(args.pairs), encoder)
-    show(f"minichat: {args.pairs}: {report}")
+    say(f"{args.pairs}: {report}")
     report.check()
     reference = None
     if args.reference:

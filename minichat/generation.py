@@ -476,3 +476,21 @@ def answer(
             emit(row, streams[row].flush())
     ends, every = [total if end is None else end for end in ended], device.tokens_between_syncs(model.device)
     return [Answer(streams[r].text, ids[r], finish[r], len(prompts[r]), first, ends[r], every) for r in rows]
+
+
+def answers(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] | None = None,
+) -> Iterator[dict[int, Answer]]:
+    """answer() for many prompts: batch after batch, by number. Longest first: what that leaves serves the others."""
+    order, kept = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), Kept()
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = [prompts[i] for i in rows]
+        yield dict(zip(rows, answer(model, tokenizer, batch, max_new_tokens, sampling, stop, stop_ids, kept=kept)))

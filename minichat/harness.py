@@ -102,23 +102,12 @@ class Harness(TemplateLM):
                     top_p=given.get("top_p") or 1.0,
                     seed=1234,
                 )
-                prompts = {i: self.tok_encode(requests[i].args[0])[-room:] for i in group}
-                near, kept = sorted(group, key=lambda i: -len(prompts[i])), generation.Kept()
-                for start in range(0, len(near), self.batch_size):
-                    rows = near[start : start + self.batch_size]
-                    batch = [prompts[i] for i in rows]
-                    answers = generation.answer(
-                        self.model,
-                        self.words,
-                        batch,
-                        given["max_gen_toks"],
-                        sampling,
-                        [s for s in stop if s],
-                        kept=kept,
-                    )
-                    for i, answer in zip(rows, answers):
-                        texts[i] = answer.text
-                    bar.update(len(rows))
+                prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in group]
+                how = self.batch_size, given["max_gen_toks"], sampling, [s for s in stop if s]
+                for found in generation.answers(self.model, self.words, prompts, *how):
+                    for n, answer in found.items():
+                        texts[group[n]] = answer.text
+                    bar.update(len(found))
         return texts
 
 

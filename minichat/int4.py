@@ -344,7 +344,6 @@ def from_tensors(
     shape: tuple[int, int],
     scheme: Scheme,
     device: torch.device | None = None,
-    bias: Tensor | None = None,
 ) -> Int4Linear:
     """The inverse of `tensors_of`, for a weight of `shape` (out, in). Raises BadInput naming what does not fit."""
     N, K = shape
@@ -375,7 +374,7 @@ def from_tensors(
     zero = None
     if not scheme.symmetric:
         zero = reference.codes_from_words(tensors["weight_zero_point"].T, scheme.bits).T[:N].contiguous()
-    return Int4Linear.from_quantized(q, tensors["weight_scale"], zero, scheme.bits, device, bias)
+    return Int4Linear.from_quantized(q, tensors["weight_scale"], zero, scheme.bits, device)
 
 
 def quantization_config(scheme: Scheme) -> dict:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minichat import files
-from minichat.console import show
+from minichat.console import say
 from minichat.errors import BadInput
 from minichat.patterns import compiled
 
@@ -326,7 +326,7 @@ def load(
             raise BadInput(f"{adapter.folder}: made for {name} of shape {(B.shape[0], A.shape[1])}, not {shape}")
     own, here = adapter.metadata.get("base_fingerprint"), getattr(model, "identity", None)
     if own and here and own != here:
-        show(f"minichat: warning: {adapter.folder} was trained over other weights than these")
+        say(f"warning: {adapter.folder} was trained over other weights than these")
     model.requires_grad_(False)
     config = adapter.config
     rslora = bool(config.get("use_rslora"))
@@ -419,7 +419,7 @@ def say_merged_over(adapter: str | Path, over: str, now: str) -> None:
     """Tell that an adapter is merged into other weights than it has learnt to correct."""
     told = f"{adapter} was trained over quantised weights ({over}) and is merged into {now}: expect a small loss"
     trained = "" if over.startswith("nf4") else "; --int4 with the same options uses it as trained"
-    show(f"minichat: {told}{trained}")
+    say(f"{told}{trained}")
 
 
 def rounding(exact: Tensor, rounded: Tensor) -> float:
@@ -522,7 +522,7 @@ def main() -> None:
     if adapted(model):
         raise BadInput(f"{args.adapter} lies over INT4 weights, which cannot take it; infer.py uses it beside them")
     weights.save_model(model, tokenizer, args.out)
-    show(f"minichat: done: {args.out}; talk to it: python infer.py --model {args.out}")
+    say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
 
 
 if __name__ == "__main__":

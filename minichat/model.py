@@ -347,12 +347,10 @@ class Decoder(nn.Module):
         if isinstance(documents, list):
             view = Documents(documents, window, ids.device)
             positions = view.positions
-        elif begun or (cache is not None and not implicit):
+        elif cache is not None and (begun or not implicit or seen.shape != ids.shape):
             view = View(positions, seen, window, ordered=False)
-        elif implicit and (window is None or ids.shape[1] <= window) and (cache is None or seen.shape == ids.shape):
+        elif implicit and (window is None or ids.shape[1] <= window):
             view = None
-        elif cache is not None and seen.shape != ids.shape:  # a single token, of whose ring all slots are read
-            view = View(positions, seen, window, ordered=False)
         else:
             # in a packed row, what continues a trunk is further from it by columns than by positions
             ordered = documents is None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minichat import device as devices
 from minichat import files, kernels, lora, weights
 from minichat import int4 as quant
-from minichat.console import show
+from minichat.console import say
 from minichat.errors import BadInput
 from minichat.model import Mistral, without_weights
 from minichat.tokenizer import Tokenizer
@@ -56,9 +56,9 @@ def load_model(
         with files.staged(at, last=FILE) as new:
             files.write_mapped(tensors, new / FILE)
     except BadInput as error:  # a cache is no reason to fail
-        show(f"minichat: not kept for the next start: {error}")
+        say(f"not kept for the next start: {error}")
         return model, tokenizer
-    show(f"minichat: kept for the next start in {at}")
+    say(f"kept for the next start in {at}")
     del model, tensors
     devices.release_host_memory()
     return _open(at / FILE, folder, scheme), tokenizer

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from minichat import data, optim, training, weights
+from minichat.device import GIB
 from minichat.errors import BadInput
 from minichat.int4 import Scheme
 from minichat.kernels import int4_reference, nf4
 from minichat.model import Config, Mistral, without_weights
 
-GIB = 1 << 30
 aten = torch.ops.aten
 FLOPS = {**flop_registry, aten.addmm_: flop_registry[aten.addmm]}  # of an operation
 ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention_for_cpu_backward

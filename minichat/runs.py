@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from minichat import (
     weights,
 )
 from minichat.assets import sums
-from minichat.console import plural, show
+from minichat.console import plural, say
 from minichat.errors import BadInput
 from minichat.examples import Dpo, Report, Sft
 from minichat.model import Mistral, without_weights
@@ -45,10 +45,6 @@ NOT_DECIDING = ("out", "overwrite", "resume", "save_every", "keep", "log_every",
                 "max_graphs", "max_syncs", "save_dtype", "gradient_checkpointing", "memory_budget", "tflops", "plan",
                 "strict", "model", "template",
                 "format", "data", "eval_data", "eval_split")  # fmt: skip
-
-
-def say(text: str) -> None:
-    show(f"minichat: {text}")
 
 
 def new_model(args: argparse.Namespace) -> tuple[Mistral, Tokenizer]:
@@ -70,12 +66,6 @@ def new_model(args: argparse.Namespace) -> tuple[Mistral, Tokenizer]:
         model.to(where, dtype)
     model.source = model.identity = model.scheme = None
     return model, tokenizer
-
-
-def embedded(args: argparse.Namespace, what: str) -> Iterator[dict]:
-    """The records of the embedded default, as they will be in the run folder's data.jsonl."""
-    kind, count = EMBEDDED[what]
-    return sums.records(kind, count, args.seed)
 
 
 def check_out(args: argparse.Namespace) -> None:
@@ -112,7 +102,8 @@ def read_data(args: argparse.Namespace, encoder: Sft | Dpo, what: str) -> tuple[
     if found:
         parts = [items_of(source) for source in found]
     else:
-        items, report = store.of_records(str(args.out / "data.jsonl"), embedded(args, what), encoder)
+        records = sums.records(*EMBEDDED[what], args.seed)
+        items, report = store.of_records(str(args.out / "data.jsonl"), records, encoder)
         tell("no --data, so sums", report)
         parts = [items]
     eval_parts = [items_of(source) for source in held_out]
@@ -153,25 +144,10 @@ def train(
     found = checkpoint.read(args.out) if args.resume and not args.plan else []
     if found and (other := checkpoint.differences(run, found[-1][1]["run"])):
         raise BadInput(f"--resume: not the run in {args.out}: {'; '.join(other)}; resume it as it was, or --overwrite")
-    settings = training.Settings(
-        steps=args.steps,
-        epochs=args.epochs,
-        batch_size=args.batch_size,
-        accumulate=args.accumulate,
-        pack=args.max_length if getattr(args, "pack", False) else None,
-        lr=args.lr,
-        schedule=args.schedule,
-        warmup=args.warmup,
-        clip=args.clip,
-        betas=tuple(args.betas),
-        eps=args.eps,
-        weight_decay=args.weight_decay,
-        optimizer=args.optimizer,
-        offload=args.offload_optimizer,
-        seed=args.seed,
-        log_every=args.log_every,
-        eval_every=args.eval_every,
-    )
+    same = {f.name: getattr(args, f.name) for f in fields(training.Settings) if f.name in args}
+    pack = args.max_length if getattr(args, "pack", False) else None
+    changed = {"betas": tuple(args.betas), "pack": pack, "offload": args.offload_optimizer}
+    settings = training.Settings(**{**same, **changed})
     asked = what == "dpo" and (args.full or args.precompute_reference or args.reference)
     referenced = asked and not args.reference_free
     if args.plan or args.tflops or args.memory_budget:
@@ -410,14 +386,3 @@ def draw(folder: Path) -> None:
         say(f"no loss.png: {error}")
     except ImportError:
         say("no loss.png: it needs matplotlib, pip install 'minichat[plots]'")
-
-
-def describe(model: Mistral) -> str:
-    """One line: where it runs, how large it is."""
-    count = sum(p.numel() for p in model.parameters()) + sum(
-        m.in_features * m.out_features for m in model.modules() if hasattr(m, "group_size")
-    )
-    dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
-    quantised = f", {model.scheme}" if model.scheme else ""
-    threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    return f"{count / 1e6:,.1f} M weights, {dtype}{quantised}, on {model.device}{threads}"

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from minichat import files, sources
-from minichat.console import show
+from minichat.console import say
 from minichat.errors import BadInput
 from minichat.examples import Dpo, Example, Pair, Report, Sft, encode
 
@@ -113,7 +113,7 @@ def _load(source: sources.Source, encoder: Sft | Dpo, strict: bool) -> tuple[Ite
     if not (folder / REPORT).exists():
         with files.staged(folder, last=REPORT) as new:
             _build(source, encoder, strict, size, new)
-        show(f"minichat: kept in {folder}")
+        say(f"kept in {folder}")
     report = Report(**files.read_json(folder / REPORT))
     report.counts = Counter(report.counts)
     if strict and report.bad:
@@ -220,7 +220,7 @@ def _build(source: sources.Source, encoder: Sft | Dpo, strict: bool, size: int, 
 
     dtype, length = None, 0
     bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenising {source.name}", disable=not sys.stderr.isatty())
-    show(f"minichat: tokenising {source.name}, {size / 1e6:,.0f} MB, with {cores()} processes")
+    say(f"tokenising {source.name}, {size / 1e6:,.0f} MB, with {cores()} processes")
     with bar, (folder / TOKENS).open("wb") as file:
         file.seek(HEADER)
 

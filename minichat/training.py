@@ -127,16 +127,11 @@ def reference_logps(model: nn.Module, method: Method, pairs: Sequence[Pair], set
     # None: no bar where nobody watches
     for rows in tqdm(batches, desc="reference", disable=None if speaks() else True):
         indices = [i for row in rows for i in row]
-        batch = method.batch(_full([[pairs[i]] for i in indices], settings, where), device.padding(where))
+        batch = micro_batch(method, pairs, rows, settings, where)
         with lora.disabled(model) if lora.adapted(model) else nullcontext():
             logps = method.logps(model, on(where, batch.tensors)).float().cpu()
         found[indices] = logps.view(2, -1).T[: len(indices)]
     return sum(each["logps"] for each in distributed.gathered({"logps": found}))
-
-
-def with_reference(model: nn.Module, method: Method, pairs: Sequence[Pair], settings: Settings) -> data.Referenced:
-    """The pairs with those log-probs, which their loss then takes."""
-    return data.Referenced(pairs, reference_logps(model, method, pairs, settings))
 
 
 def fit(
@@ -263,21 +258,24 @@ def steps(
     items: data.Mix, settings: Settings, method: Method, where: torch.device, done: int = 0
 ) -> Iterator[list[data.Batch]]:
     """The micro-batches of one optimiser step after another, epoch after epoch, without end; from step `done` on."""
-    epoch, padding = 0, device.padding(where)
+    epoch = 0
     while True:
         planned = order(items, settings, epoch)
         skipped = min(done, len(planned))
         done -= skipped
         for batches in planned[skipped:]:
             batches = batches[distributed.rank() :: distributed.world()]  # short and long ones go round
-            rows = [_full([[items[j] for j in row] for row in rows], settings, where) for rows in batches]
-            yield [method.batch(each, padding) for each in rows]
+            yield [micro_batch(method, items, rows, settings, where) for rows in batches]
         epoch += 1
 
 
-def _full(rows: list[list], settings: Settings, where: torch.device) -> list[list]:
-    """A micro-batch's rows, filled up with empty ones where shapes have to stay."""
-    return rows + [[]] * (settings.batch_size - len(rows)) if device.padding(where) else rows
+def micro_batch(
+    method: Method, items: Sequence, rows: list[data.Row], settings: Settings, where: torch.device
+) -> data.Batch:
+    """The batch of these rows of items, filled up with empty ones where shapes have to stay."""
+    pad_to = device.padding(where)
+    full = [[items[i] for i in row] for row in rows]
+    return method.batch(full + [[]] * (settings.batch_size - len(rows)) if pad_to else full, pad_to)
 
 
 def order(items: data.Mix, settings: Settings, epoch: int) -> list[list[list[data.Row]]]:
@@ -325,7 +323,7 @@ def sizes(items: data.Mix, settings: Settings, where: torch.device) -> list[tupl
 def largest(items: data.Mix, settings: Settings, method: Method, where: torch.device) -> data.Batch:
     """The micro-batch of the first epoch that has the most tokens; one with more targets may hold a little more."""
     _, rows = max(sizes(items, settings, where), key=lambda batch: batch[0])
-    return method.batch(_full([[items[j] for j in row] for row in rows], settings, where), device.padding(where))
+    return micro_batch(method, items, rows, settings, where)
 
 
 @torch.no_grad()
@@ -338,8 +336,7 @@ def evaluate(model: nn.Module, method: Method, items: Sequence, settings: Settin
     weight = 0
     batches = data.by_length(data.lengths(items), settings.batch_size)
     for rows in batches[distributed.rank() :: distributed.world()]:
-        full = _full([[items[j] for j in row] for row in rows], settings, where)
-        batch = method.batch(full, device.padding(where))
+        batch = micro_batch(method, items, rows, settings, where)
         for key, value in method.objective(model, on(where, batch.tensors)).items():
             sums[key] = sums[key] + value if key in sums else value
         weight += batch.weight

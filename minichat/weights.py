@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minichat import device as devices
 from minichat import int4 as quant
-from minichat.console import show
+from minichat.console import say
 from minichat.errors import BadInput, why
 from minichat.files import read_json, staged, write_json, write_tensors
 from minichat.lora import (
@@ -102,7 +102,7 @@ def _download(repo: str, revision: str | None) -> Path:
         except Exception as error:  # of whichever HTTP library this version of the hub's package uses
             unreached = error
             at = snapshot_download(repo, **wanted, local_files_only=True)
-            show(f"minichat: the hub did not answer ({type(error).__name__}): {repo} as far as it is here")
+            say(f"the hub did not answer ({type(error).__name__}): {repo} as far as it is here")
     except refused as error:
         raise BadInput(f"{repo}: no such folder here, and the hub gave none: {why(unreached or error)}") from None
     if not any(Path(at).glob("*.safetensors")):
@@ -245,6 +245,7 @@ def load_model(
     int4: bool | quant.Scheme = False,
     adapter: str | Path | None = None,
     only: Sequence[str] | None = None,
+    shapes_alone: bool = False,
 ) -> tuple[Mistral, Tokenizer]:
     """A model and its tokenizer from a folder in Hugging Face format, an adapter or run folder, or a hub id.
 
@@ -252,52 +253,27 @@ def load_model(
     int4: quantise the decoder's linears as they are read (True: the default Scheme). A folder that is quantised
     already loads as it is. Adapters are merged tensor by tensor, in float32 and rounded once; those that were trained
     over the same INT4 or NF4 base stay beside it. adapter: one more, over whatever `source` is; only: of these modules.
-    Host memory peaks at the model plus one tensor. Raises BadInput.
+    shapes_alone: on the meta device, without values: what a plan needs. Host memory peaks at the model plus one tensor.
+    Raises BadInput.
     """
     where = devices.pick(device)
     dtype = dtype or devices.default_dtype(where)
+    if shapes_alone:
+        where = torch.device("meta")
     folder, scheme, merged, beside = _base_and_adapters(source, int4, adapter, only)
-    warn_of(source, merged, scheme, adapter and [*merged, *beside][-1])
-    if not devices.holds_values(where):
-        return _shapes(source, folder, scheme, merged, beside, where, dtype)
+    if not shapes_alone:
+        warn_of(source, merged, scheme, adapter and [*merged, *beside][-1])
     model = without_weights(read_config(folder))
     model.scheme = scheme
     tokenizer = tokenizer_of(folder, [*merged, *beside])  # before the weights: what is wrong with it shows at once
-    _fill(model, Shards(folder), where, dtype, read_scheme(folder), scheme, merged)
+    values = devices.holds_values(where)
+    if values:
+        _fill(model, Shards(folder), where, dtype, read_scheme(folder), scheme, merged)
+    else:  # what is merged into it shows in no shape
+        imagine(model, where, dtype, scheme)
     _load_beside(model, beside)
     model.source = str(resolve(source).resolve()) if Path(source).expanduser().is_dir() else str(source)
-    model.identity = identity(resolve(source))
-    return model.eval(), tokenizer
-
-
-def load_shapes(
-    source: str | Path,
-    device: str | None,
-    dtype: torch.dtype | None,
-    int4: bool | quant.Scheme,
-    adapter: str | Path | None,
-) -> tuple[Mistral, Tokenizer]:
-    """As load_model, on the meta device: what a plan needs. The dtype is that of `device`; raises BadInput."""
-    dtype = dtype or devices.default_dtype(devices.pick(device))
-    return _shapes(source, *_base_and_adapters(source, int4, adapter), torch.device("meta"), dtype)
-
-
-def _shapes(
-    source: str | Path,
-    folder: Path,
-    scheme: quant.Scheme | None,
-    merged: list[Adapter],
-    beside: list[Adapter],
-    where: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Mistral, Tokenizer]:
-    """The model without values: what is merged into it shows in none."""
-    model = without_weights(read_config(folder))
-    model.scheme = scheme
-    tokenizer = tokenizer_of(folder, [*merged, *beside])
-    imagine(model, where, dtype, scheme)
-    _load_beside(model, beside)
-    model.source, model.identity = str(source), "none: shapes alone"
+    model.identity = identity(resolve(source)) if values else "none: shapes alone"
     return model.eval(), tokenizer
 
 
@@ -333,7 +309,7 @@ def _base_and_adapters(
 def warn_of(source: str | Path, merged: list[Adapter], scheme: quant.Scheme | None, given: Adapter | None) -> None:
     """Tell of adapters that go over other weights than they were trained over. given: the one beside `source`."""
     if given is not None and (own := given.metadata.get("base_fingerprint")) and own != identity(resolve(source)):
-        show(f"minichat: warning: {given.folder} was trained over other weights than {source}")
+        say(f"warning: {given.folder} was trained over other weights than {source}")
     for one in merged:
         if over := one.metadata.get("int4"):
             say_merged_over(one.folder, over, "float weights" if scheme is None else f"weights of {scheme}")
@@ -435,7 +411,7 @@ def _fill(model: Mistral, shards: Shards, where, dtype, packed, scheme, adapters
     if adapters:
         merged = ", ".join(str(adapter.folder) for adapter in adapters)
         moved = f"; rounding moves outputs by at most {worst:.1e}" if worst else ""
-        show(f"minichat: merged {merged}{moved}")
+        say(f"merged {merged}{moved}")
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

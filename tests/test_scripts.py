@@ -384,7 +384,7 @@ def test_flags_reach_the_loop(run, files, tmp_path, monkeypatch, script):
     wanted = dict(r=4, alpha=9, dropout=0.25, targets=["q_proj", "v_proj"], rslora=True, seed=7)
     assert attached["model"] is model and {key: attached[key] for key in wanted} == wanted
     loaded = dict(source="model", device="cpu", dtype=torch.bfloat16, int4=Scheme(8, 64, False, ()), adapter=None,
-                  only=None)  # fmt: skip
+                  only=None, shapes_alone=False)  # fmt: skip
     assert seen["load_model"] == loaded and model.scheme == loaded["int4"] and model.dtype == torch.bfloat16
     (kind, encoded), (name, arguments) = expected.items()
     encoder = seen["load"]["encoder"]

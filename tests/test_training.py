@@ -425,7 +425,7 @@ def answers(model, items):
 def test_full_dpo_keeps_the_reference_that_it_started_from(tmp_path):
     model, items, method = make(), pairs(), training.dpo(0.5)
     start = copy.deepcopy(model)
-    items = training.with_reference(model, method, items, Settings(batch_size=3))
+    items = data.Referenced(items, training.reference_logps(model, method, items, Settings(batch_size=3)))
     reference = answers(start, items)
     found = torch.tensor([pair.reference for pair in items]).T
     torch.testing.assert_close(found.double(), reference, rtol=1e-5, atol=1e-4)
@@ -730,7 +730,7 @@ def test_dpo_is_trls_trainer_step_for_step(tmp_path, monkeypatch):
 
     model, method = make(), training.dpo(0.3)
     settings = dict(steps=5, batch_size=2, accumulate=2, lr=1e-3, warmup=1, eps=1e-4)
-    items = training.with_reference(model, method, items, Settings())
+    items = data.Referenced(items, training.reference_logps(model, method, items, Settings()))
     fit(model, method, items, folder=tmp_path, **settings)
     names = {
         "loss": "loss",

@@ -480,7 +480,7 @@ def test_adapter_over_int4_stays_beside_it(base, packed, tmp_path, capsys):
     adapt(base, tmp_path / "f", 3)
     told = packed, tmp_path / "f", "cannot be merged", "minichat.lora merge"
     one_line(lambda: minichat.load(packed, adapter=tmp_path / "f"), *told)
-    one_line(lambda: weights.load_shapes(packed, "cpu", None, False, tmp_path / "f"), *told)
+    one_line(lambda: weights.load_model(packed, "cpu", None, False, tmp_path / "f", shapes_alone=True), *told)
 
 
 # ---- memory ----

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from minichat.console import show
+from minichat.console import say
 from minichat.errors import BadInput
 
 _here = Path(__file__).parent
@@ -63,5 +63,5 @@ def _has_triton(device: torch.device) -> bool:
         except Exception as error:  # each is another kind of error
             why = " ".join(str(error).split())[:200] or type(error).__name__
     if why:
-        show(f"minichat: no CUDA kernel, so INT4 and decoding run on the slow reference: {why}")
+        say(f"no CUDA kernel, so INT4 and decoding run on the slow reference: {why}")
     return why is None

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minichat.errors import BadInput
@@ -123,11 +124,8 @@ def _dequantize_rows(packed: Packed, first: int, last: int, dtype: torch.dtype) 
 
 def _interleave(rows: Tensor) -> Tensor:
     """(N, columns) -> (N / 16 rounded up, columns, 16), with zeros in the rows past N."""
-    N, columns = rows.shape
-    blocks = -(-N // ROWS)
-    if N % ROWS:
-        rows = torch.cat([rows, rows.new_zeros(blocks * ROWS - N, columns)])
-    return rows.view(blocks, ROWS, columns).transpose(1, 2).contiguous()
+    padded = F.pad(rows, (0, 0, 0, -len(rows) % ROWS))
+    return padded.view(-1, ROWS, rows.shape[1]).transpose(1, 2).contiguous()
 
 
 def _separate(blocks: Tensor, N: int) -> Tensor:
