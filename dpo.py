@@ -39,8 +39,7 @@ def main() -> None:
     cli.check_training(args)
     if not args.beta > 0:
         raise BadInput(f"--beta is {args.beta}; it must be positive")
-    if not 0 < args.max_prompt_length < args.max_length:
-        raise BadInput(f"--max-prompt-length {args.max_prompt_length} leaves no room for answers in {args.max_length}")
+    cli.check_prompt_length(args)
     if args.reference_free and (args.precompute_reference or args.reference):
         raise BadInput("--reference-free has no reference: it goes with neither --precompute-reference nor --reference")
     args.model = args.model or cli.default_model("sft")

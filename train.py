@@ -33,8 +33,7 @@ def main() -> None:
     args = parse()
     cli.emulate(args)
     cli.check_training(args)
-    if args.max_prompt_length is not None and not 0 < args.max_prompt_length < args.max_length:
-        raise BadInput(f"--max-prompt-length {args.max_prompt_length} leaves no room for answers in {args.max_length}")
+    cli.check_prompt_length(args)
     if args.max_prompt_length is not None and args.learn == "all":
         raise BadInput("--max-prompt-length is of what nothing learns; with --learn all only --max-length counts")
     if args.from_config and not args.full:

@@ -53,8 +53,8 @@ MUTANTS = {
         "a number is a part of the graph", None,
     ),
     "a last batch that is not padded": (
-        "training.py", "return rows + [[]] * (settings.batch_size - len(rows)) if device.padding(where) else rows",
-        "return rows", "train", "a shape is a part of the graph", ("model.py", "x = self.embed_tokens(ids)"),
+        "training.py", "full + [[]] * (settings.batch_size - len(rows)) if pad_to else full",
+        "full", "train", "a shape is a part of the graph", ("model.py", "x = self.embed_tokens(ids)"),
     ),
     "multinomial": (
         "generation.py", "return (logits - torch.log(-torch.log(uniform))).argmax(dim=-1)",
@@ -110,7 +110,7 @@ def seven_b(quantise: bool = False, adapt: bool = False):
     if adapt:
         lora.freeze(model)
         lora.attach(model, 16, 16)
-        model.model.compute_again("block")
+        model.model.set_checkpointing("block")
     return model
 
 

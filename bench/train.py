@@ -312,7 +312,7 @@ def ours_on_gpu(kind: str, length: int, rows: int, where) -> dict:
     again = ["block"] if kind == "full" else []
     attach = lambda m: m.requires_grad_(True) if kind == "full" else lora.attach(m, RANK, RANK, 0.05)  # noqa: E731
     attach(model)
-    model.model.compute_again(*again or [""])
+    model.model.set_checkpointing(*again or [""])
     if kind == "compiled":
         model.model.compile_blocks(device.compiler(where))
     settings = training.Settings(steps=STEPS, batch_size=rows, pack=length or None, lr=5e-5, warmup=0, log_every=1)

@@ -18,7 +18,6 @@ them to arrive adds all their sums in a fixed order: the same bits on every run,
 
 import functools
 import re
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from minichat import files
+from minichat.console import say
 from minichat.errors import BadInput
 from minichat.kernels import int4_reference as reference
 
@@ -424,7 +424,7 @@ def tuned(device: torch.device) -> dict[str, list[int]]:
     try:
         return files.read_json(file, missing={})
     except BadInput as error:  # a cache is no reason to fail
-        print(f"minichat: tiles that were tuned are left out: {error}", file=sys.stderr)
+        say(f"tiles that were tuned are left out: {error}")
         return {}
 
 
@@ -471,8 +471,5 @@ def is_ours(packed: Packed) -> bool:
 
 @functools.cache
 def _warn(what: str) -> None:
-    print(
-        f"minichat: {what} run on the slow reference: the CUDA kernel takes 4 bits, columns in multiples of 128, and "
-        "groups of 32, 64 or multiples of 128",
-        file=sys.stderr,
-    )
+    taken = "4 bits, columns in multiples of 128, and groups of 32, 64 or multiples of 128"
+    say(f"{what} run on the slow reference: the CUDA kernel takes {taken}")

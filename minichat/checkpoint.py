@@ -57,9 +57,9 @@ class Checkpoints:
 
         Of several processes the first one decides, and any may have been asked to stop.
         """
-        self.asked = distributed.largest(self.caught) or None
+        self.asked = distributed.host_max(self.caught) or None
         first = distributed.rank() == 0 and self.every and (step % self.every == 0 or self._is_best(record))
-        return bool(distributed.largest(bool(self.asked or first)))
+        return bool(distributed.host_max(bool(self.asked or first)))
 
     def _is_best(self, record: dict) -> bool:
         loss = record.get("eval_loss", math.nan)
@@ -73,9 +73,9 @@ class Checkpoints:
 
         Of several processes the first one writes; all have to call it, and it is there when it returns.
         """
-        random = distributed.gathered(device.random_state(model.device))
+        random = distributed.all_gather(device.random_state(model.device))
         target = self.folder / FOLDER / f"step-{step}"
-        with distributed.first_alone():
+        with distributed.main_process_first():
             if distributed.rank() == 0 and not target.exists():
                 random = {f"{_random(rank)}{key}": value for rank, of in enumerate(random) for key, value in of.items()}
                 self._write(target, {**optimizer.state(), **random}, step, metrics, record)

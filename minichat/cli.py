@@ -206,15 +206,15 @@ def chat_flags(parser: Parser) -> "argparse._ArgumentGroup":
 
 def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_size: int, max_length: int) -> None:
     group = parser.add_argument_group("data")
-    sources = {"nargs": "+", "metavar": "SOURCE[:WEIGHT]"}
-    group.add_argument("--data", **sources, help="files (.jsonl, .json, also .gz, .parquet), folders, data sets of the "
-                       "hub (owner/name), with /split or /pattern; weights are shares of what is learnt "
+    several = {"nargs": "+", "metavar": "SOURCE[:WEIGHT]"}
+    group.add_argument("--data", **several, help="files (.jsonl, .json, also .gz, .parquet), folders, data sets of the "
+                       "hub (owner/name), with /split or /pattern; weights are shares of the records "
                        "(without --data: sums that minichat.assets.sums makes)")  # fmt: skip
-    group.add_argument("--eval-data", **sources, help="the same, to evaluate on")
+    group.add_argument("--eval-data", **several, help="the same, to evaluate on")
     group.add_argument("--eval-split", type=float, default=0.0, metavar="SHARE", help="share of --data's records to "
                        "evaluate on and not to learn from, the same ones in every run")  # fmt: skip
     group.add_argument("--strict", action="store_true", help="stop at the first bad record, instead of counting them")
-    group.add_argument("--max-length", type=int, default=max_length, help="tokens of a sequence, longer ones are cut")
+    group.add_argument("--max-length", type=int, default=max_length, help="tokens of a sequence; longer ones are cut")
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=seed, default=42, help="of everything random; the same seed gives the same run")
     group.add_argument("--out", type=Path, default=out, help="the run folder: config.json, metrics.jsonl, loss.png, "
@@ -318,6 +318,12 @@ def check_training(args: argparse.Namespace) -> None:
         raise BadInput("--memory-budget chooses what --gradient-checkpointing says; leave one of them out")
     if not args.plan:
         check_run_folder(args)
+
+
+def check_prompt_length(args: argparse.Namespace) -> None:
+    """Raise BadInput where --max-prompt-length is not between 0 and --max-length; None is no limit."""
+    if args.max_prompt_length is not None and not 0 < args.max_prompt_length < args.max_length:
+        raise BadInput(f"--max-prompt-length {args.max_prompt_length} leaves no room for answers in {args.max_length}")
 
 
 def check_run_folder(args: argparse.Namespace) -> None:

@@ -87,7 +87,7 @@ class Referenced(Sequence):
 
 
 def lengths(items: Sequence) -> list[int]:
-    """len() of each item; a Store and a Mix know them without making the items."""
+    """len() of each item; Items and a Mix know them without making the items."""
     return items.lengths() if hasattr(items, "lengths") else [len(item) for item in items]
 
 

@@ -59,7 +59,7 @@ def _local(alone: int | None) -> int | None:
     return int(os.environ.get("LOCAL_RANK") or 0) if several else alone
 
 
-def collective(device: torch.device) -> str:
+def distributed_backend(device: torch.device) -> str:
     """The backend of torch.distributed for tensors there."""
     return {"cuda": "nccl", "hpu": "hccl"}.get(device.type, "gloo")
 

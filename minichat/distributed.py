@@ -25,7 +25,7 @@ _host = []  # the group of the processes' hosts, once there is one: what they te
 def start(where: torch.device) -> None:
     """Meet the other processes, if the environment says that there are any."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        dist.init_process_group(device.collective(where))
+        dist.init_process_group(device.distributed_backend(where))
         # they wait for what the first one does alone: 30 minutes, the default, are too few to tokenise or to save much
         _host.append(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
 
@@ -46,7 +46,7 @@ def world() -> int:
     return dist.get_world_size() if _host else 1
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce(tensors: Sequence[Tensor]) -> None:
     """Each tensor becomes the sum of it over all processes, which have the same shapes."""
     if not _host:
         return
@@ -62,12 +62,12 @@ def add_up(tensors: Sequence[Tensor]) -> None:
             part, size = [], 0
 
 
-def totals(*numbers: int) -> list[int]:
+def host_sum(*numbers: int) -> list[int]:
     """The sum of each number over the processes; of what the host knows, so that nothing waits for the device."""
     return _of_hosts(numbers, dist.ReduceOp.SUM)
 
 
-def largest(number: int) -> int:
+def host_max(number: int) -> int:
     """The largest of the processes' numbers: what all of them agree on."""
     return _of_hosts([number], dist.ReduceOp.MAX)[0]
 
@@ -80,7 +80,7 @@ def _of_hosts(numbers: Sequence[int], how) -> list[int]:
     return found.tolist()
 
 
-def gathered(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+def all_gather(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Every process's tensors of the host, of the same names and shapes, in the order of their ranks."""
     if not _host:
         return [tensors]
@@ -94,7 +94,7 @@ def gathered(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The first process does what is inside before the others do it: what it leaves in files, they find."""
     if rank():
         dist.barrier(group=_host[0])

@@ -7,8 +7,8 @@ import textwrap
 class BadInput(ValueError):
     """Something the caller gave is wrong: the message says the value seen, the rule, and what to do next.
 
-    One line of at most 1200 characters, whatever the value seen is: control characters and halves of characters are
-    escaped, and of a longer message the middle is left out.
+    One line of about 1,000 characters at most, whatever the value seen is: of a longer message the middle is left out,
+    and control characters and halves of characters are escaped.
     """
 
     def __init__(self, message: str):

@@ -299,15 +299,23 @@ def _check(args) -> None:
         raise BadInput("--tasks and --leaderboard: one of them says which tasks")
     if (args.few_shot is not None or args.include or args.chat) and not args.tasks:
         raise BadInput("--few-shot, --include and --chat are for --tasks; the leaderboard has its own")
-    if not args.max_prompt_length < args.max_length:
-        raise BadInput(f"--max-prompt-length {args.max_prompt_length} leaves no room for answers in {args.max_length}")
+    cli.check_prompt_length(args)
+
+
+def _unweighted(flag: str, spec: str):
+    from minichat import sources
+
+    found = sources.find(spec)
+    if found.weight:
+        raise BadInput(f"{flag} {spec}: weights are shares of what is learnt; here, all records count")
+    return found
 
 
 def _questions(source: str) -> list[dict]:
     from minichat import sources
 
-    records = []
-    for where, record in sources.all_records(sources.find(source)):
+    records, found = [], _unweighted("--data", source)
+    for where, record in sources.all_records(found):
         if isinstance(record, BadInput):
             raise BadInput(f"{where}: {record}")
         if not isinstance(record.get("question"), str) or "answer" not in record:
@@ -320,7 +328,7 @@ def _questions(source: str) -> list[dict]:
 
 def _text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig")  # line ends as they are: bits are told per byte
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text: byte {error.start}") from None
 
@@ -337,10 +345,10 @@ def _perplexity(args, model, tokenizer, text: str) -> dict[str, float]:
 
 
 def _preferences(args, model, tokenizer, template: str) -> dict[str, float]:
-    from minichat import examples, int4, sources, store, weights
+    from minichat import examples, int4, store, weights
 
     encoder = examples.Dpo(tokenizer, template, args.max_length, args.max_prompt_length)
-    items, report = store.load(sources.find(args.pairs), encoder)
+    items, report = store.load(_unweighted("--pairs", args.pairs), encoder)
     say(f"{args.pairs}: {report}")
     report.check()
     reference = None

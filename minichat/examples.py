@@ -1,5 +1,7 @@
 """Records -> token ids, for SFT and for preferences. Imports no torch: tokenising runs in processes of its own."""
 
+import functools
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -106,7 +108,8 @@ class Sft:
     """Encodes records to learn from, as sequences of at most max_length tokens.
 
     A chat that is too long loses its oldest turns, then its prompt's left, then its answer's right; a text is cut into
-    pieces. template: Jinja text. format: a name in formats.CHATS, or None to tell it by the fields.
+    pieces, and so is a chat of which all is learnt. template: Jinja text. format: a name in formats.CHATS, or None to
+    tell it by the fields.
     learn: "assistant" turns, or "all" tokens. max_prompt_length: of what comes before the first answer, None for no
     limit of its own.
     """
@@ -130,21 +133,37 @@ class Sft:
         return found
 
     def _text(self, text: str, counts: Counter) -> Iterator[tuple]:
-        tokenizer, longest = self.tokenizer, self.max_length
-        ids = [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(text) + [tokenizer.eos_id]
-        for start in range(0, len(ids), longest):
-            piece = ids[start : start + longest]
-            if start == 0 or len(piece) > 1:  # what follows from nothing cannot be learnt
-                yield piece, [1] * len(piece)
-        counts["texts cut into pieces"] += len(ids) > longest
+        tokenizer = self.tokenizer
+        ids = tokenizer.encode(text)  # in which both may be written already
+        ids = [tokenizer.bos_id] * (tokenizer.add_bos and ids[:1] != [tokenizer.bos_id]) + ids
+        ids += [tokenizer.eos_id] * (ids[-1:] != [tokenizer.eos_id])
+        yield from self._pieces(ids, [1] * len(ids))
+        counts["texts cut into pieces"] += len(ids) > self.max_length
+
+    def _pieces(self, ids: list[int], mask: list[int]) -> Iterator[tuple]:
+        for start in range(0, len(ids), self.max_length):
+            piece = slice(start, start + self.max_length)
+            if start == 0 or any(mask[piece][1:]):  # what follows from nothing cannot be learnt
+                yield ids[piece], mask[piece]
 
     def _chat(self, messages: list[dict], counts: Counter) -> Iterator[tuple]:
         longest = self.max_length
-        ids, mask = chat.render(messages, self.template, self.tokenizer, learn=self.learn)
-        while len(ids) > longest and (shorter := _without_oldest_turn(messages)):
-            messages = shorter
-            ids, mask = chat.render(messages, self.template, self.tokenizer, learn=self.learn)
-            counts["oldest turns dropped"] += 1
+
+        @functools.cache
+        def rendered(dropped: int) -> tuple[list[int], list[int]]:
+            shorter = _without_oldest_turns(messages, dropped)
+            return chat.render(shorter, self.template, self.tokenizer, learn=self.learn)
+
+        if self.learn == "all":  # as a text: there is no prompt to keep, and all of it is learnt
+            yield from self._pieces(*rendered(0))
+            counts["chats cut into pieces"] += len(rendered(0)[0]) > longest
+            return
+        dropped = 0
+        if len(rendered(0)[0]) > longest and (most := len(_turns(messages)) - 1):
+            # as few as make it fit: rendered a few times, not once for each turn, of which some chats have hundreds
+            dropped = bisect_left(range(most), True, 1, key=lambda n: len(rendered(n)[0]) <= longest)
+        counts["oldest turns dropped"] += dropped
+        ids, mask = rendered(dropped)
         prompt = mask.index(1) if any(mask) else 0
         over = len(ids) - longest
         if self.max_prompt_length is not None:
@@ -158,11 +177,18 @@ class Sft:
         yield ids, mask
 
 
-def _without_oldest_turn(messages: list[dict]) -> list[dict] | None:
-    """The chat without its first user and assistant turn, its system message kept; None if it is the only one."""
+def _turns(messages: list[dict]) -> list[int]:
+    """Where its turns begin, of a user and an assistant each: after a system message, and at each later user."""
     start = 1 if messages[0]["role"] == "system" else 0
-    later = [i for i in range(start + 1, len(messages)) if messages[i]["role"] == "user"]
-    return [*messages[:start], *messages[later[0] :]] if later else None
+    return [start, *(i for i in range(start + 1, len(messages)) if messages[i]["role"] == "user")]
+
+
+def _without_oldest_turns(messages: list[dict], dropped: int) -> list[dict]:
+    """The chat without so many of its first turns, its system message kept."""
+    if not dropped:
+        return messages
+    turns = _turns(messages)
+    return [*messages[: turns[0]], *messages[turns[dropped] :]]
 
 
 @dataclass(frozen=True)

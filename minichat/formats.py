@@ -26,6 +26,8 @@ ROLES = {
 def _messages(record: dict) -> Messages:
     if not isinstance(record["messages"], list):
         raise BadInput(f"'messages' is of type {type(record['messages']).__name__}; it must be a list of messages")
+    if any(isinstance(message, dict) and message.get("tool_calls") for message in record["messages"]):
+        raise BadInput("a message calls tools; minichat learns what is said, and would learn to say nothing")
     return record["messages"]
 
 
@@ -43,18 +45,16 @@ def _sharegpt(record: dict) -> Messages:
     return messages
 
 
-def _asked(record: dict, question: str, answer: str, system: str = "system") -> Messages:
-    """A question and its answer as they stand in two fields, a system message in a third if there is one."""
-    return [
-        *_system(record, system),
-        {"role": "user", "content": record[question]},
-        {"role": "assistant", "content": record[answer]},
-    ]
+def _asked(record: dict, question: str, answer: str) -> Messages:
+    """A question and its answer as they stand in two fields."""
+    return [{"role": "user", "content": record[question]}, {"role": "assistant", "content": record[answer]}]
 
 
-def _system(record: dict, field: str = "system") -> Messages:
-    """Most rows of some data sets have one, others an empty one: then there is none."""
-    return [{"role": "system", "content": record[field]}] if record.get(field) else []
+def _with_system(messages: Messages, record: dict) -> Messages:
+    """Messages behind the system message that stands in a field of its own, if there is one and they have none. Most
+    rows of some data sets have one, others an empty one: then there is none."""
+    said = record.get("system") or record.get("system_prompt")
+    return [{"role": "system", "content": said}, *messages] if said and _role(messages[0]) != "system" else messages
 
 
 def _alpaca(record: dict) -> Messages:
@@ -91,7 +91,7 @@ CHATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Messages | str]]] = {
     "chat": (("messages",), _messages),  # UltraChat
     "sharegpt": (("conversations",), _sharegpt),
     "metamath": (("query", "response"), lambda record: _asked(record, "query", "response")),
-    "orca": (("question", "response"), lambda record: _asked(record, "question", "response", "system_prompt")),
+    "orca": (("question", "response"), lambda record: _asked(record, "question", "response")),
     "alpaca": (("instruction", "output"), _alpaca),
     "completion": (("prompt", "completion"), _completion),
     "text": (("text",), _text),
@@ -103,8 +103,7 @@ CHATS: dict[str, tuple[tuple[str, ...], Callable[[dict], Messages | str]]] = {
 
 def _intel(record: dict) -> tuple[Messages, Messages, Messages]:
     """Intel/orca_dpo_pairs."""
-    prompt = [*_system(record), {"role": "user", "content": record["question"]}]
-    return _answered(prompt, record)
+    return _answered([{"role": "user", "content": record["question"]}], record)
 
 
 def _preference(record: dict) -> tuple[Messages, Messages, Messages]:
@@ -114,7 +113,7 @@ def _preference(record: dict) -> tuple[Messages, Messages, Messages]:
         return _chatml(record)
     if _repeats(record):
         return _implicit(record)
-    return _answered([*_system(record), *_listed(record, "prompt", "user")], record)
+    return _answered(_listed(record, "prompt", "user"), record)
 
 
 def _answered(prompt: Messages, record: dict) -> tuple[Messages, Messages, Messages]:
@@ -166,8 +165,7 @@ def _implicit(record: dict) -> tuple[Messages, Messages, Messages]:
     said = [message.get("content") for message in prompt if _role(message) == "user"]
     if not prompt or isinstance(asked, str) and asked not in said:
         raise BadInput(f"'chosen' and 'rejected' begin with {said!r:.80}, not with the prompt {asked!r:.80}")
-    return _answered([*([] if _role(prompt[0]) == "system" else _system(record)), *prompt],
-                     {"chosen": chosen[same:], "rejected": rejected[same:]})  # fmt: skip
+    return _answered(prompt, {"chosen": chosen[same:], "rejected": rejected[same:]})
 
 
 def _role(message) -> str | None:
@@ -189,7 +187,11 @@ def read(record: dict, table: dict, wanted: str | None = None):
     for name in [wanted] if wanted else table:
         fields, function = table[name]
         if all(field in record for field in fields):
-            return function(record)
+            found = function(record)
+            if isinstance(found, tuple):
+                prompt, *answers = found
+                return (_with_system(prompt, record), *answers) if prompt else found
+            return _with_system(found, record) if isinstance(found, list) and found else found
     if table is CHATS and not wanted and "chosen" in record:
         raise BadInput("a preference pair; train.py learns from chats and texts, dpo.py from pairs")
     rule = " | ".join(" + ".join(table[name][0]) for name in ([wanted] if wanted else table))

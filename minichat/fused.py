@@ -18,8 +18,9 @@ from minichat.int4 import Int4Linear
 from minichat.kernels import cpu
 
 MOST_TOKENS = 32  # of prompts in one call: bounds its scratch, and 128 are 1 % faster
-FEW = 1 << 22  # weights times tokens of a block that one thread has done before others could help: where cores are busy
-# with something else, each of a block's seven meetings may wait for a thread that does not run
+# weights times tokens of a block that one thread has done before others could help: where cores are busy with something
+# else, each of a block's seven meetings may wait for a thread that does not run
+FEW = 1 << 22
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -284,23 +283,6 @@ class Adapter:
         if (B.shape[0], A.shape[1]) != tuple(shape):
             raise BadInput(f"{self.folder}: made for {name} of shape {(B.shape[0], A.shape[1])}, not {tuple(shape)}")
         return (B.float() @ A.float()) * s
-
-
-def fingerprint(file: Path) -> str:
-    """A short hash of a safetensors file: its size, its header, the beginnings of 16 parts of it, and its end.
-
-    It tells one training from another, which moves every weight; not a file with a few bytes changed.
-    """
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
-        digest.update(stream.read(8 + min(size, 1 << 20)))
-        for part in range(16):
-            stream.seek(size * part // 16)
-            digest.update(stream.read(65536))
-        stream.seek(max(0, size - 65536))
-        digest.update(stream.read())
-    return digest.hexdigest()[:16]
 
 
 def load(

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from minichat.attention import Documents, View, attention, rotary, rotate
 from minichat.errors import BadInput
 
-AGAIN = ("attention", "mlp", "block")  # of a block: what gradient checkpointing can compute again
+CHECKPOINTS = ("attention", "mlp", "block")  # of a block: what gradient checkpointing can compute again
 COMPILED = ("_before", "_after", "_mlp")  # of a block: all but attention itself
 ARCHITECTURES = ("MistralForCausalLM", "LlamaForCausalLM")  # the same block where neither biases nor RoPE scaling are
 
@@ -186,6 +186,8 @@ class _Norm(torch.autograd.Function):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with RoPE: (B, T, D) normed hidden states -> (B, T, D) to add to the residual stream."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
         D, Hd = config.hidden_size, config.head_dim
@@ -243,6 +245,8 @@ class _Gated(torch.autograd.Function):
 
 
 class Block(nn.Module):
+    """(B, T, D) hidden states -> the same with attention's and the MLP's outputs added, each behind its norm."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.self_attn = Attention(config, layer)
@@ -250,12 +254,12 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-        self.again = ""  # what backward computes again, so that forward need not keep it: a name of AGAIN
+        self.checkpointed = ""  # what backward computes again, so that forward need not keep it: a name of CHECKPOINTS
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache, wanted: Tensor | None) -> Tensor:
         """wanted: as Decoder.forward's, if this is the last block."""
-        x = _kept(self._attention, x, cos, sin, view, cache, wanted, again=self.again == "attention")
-        return _kept(self._mlp, x, again=self.again == "mlp")
+        x = _checkpointed(self._attention, x, cos, sin, view, cache, wanted, again=self.checkpointed == "attention")
+        return _checkpointed(self._mlp, x, again=self.checkpointed == "mlp")
 
     def _attention(self, x: Tensor, cos: Tensor, sin: Tensor, view: View | None, cache, wanted) -> Tensor:
         return _only(wanted, x) + self.self_attn(self.input_layernorm(x), cos, sin, view, cache, wanted)
@@ -282,7 +286,7 @@ def _only(wanted: Tensor | None, x: Tensor) -> Tensor:
     return x if wanted is None else x.flatten(0, 1)[None].index_select(1, wanted)
 
 
-def _kept(function, *args, again: bool) -> Tensor:
+def _checkpointed(function, *args, again: bool) -> Tensor:
     """function(*args), keeping what its backward needs, or only args to compute it again."""
     again = again and torch.is_grad_enabled()
     return checkpoint(function, *args, use_reentrant=False) if again else function(*args)
@@ -299,12 +303,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.compiled = False
 
-    def compute_again(self, *names: str) -> None:
-        """What backward computes again, a name of AGAIN for each of the first blocks, or one for all of them; "" for
-        the others."""
+    def set_checkpointing(self, *names: str) -> None:
+        """Gradient checkpointing: what backward computes again, a name of CHECKPOINTS for each of the first blocks, or
+        one for all of them; "" for the others. Raises ValueError for another name."""
+        if unknown := {*names} - {"", *CHECKPOINTS}:
+            raise ValueError(f"checkpointing of {', '.join(unknown)}; choose from {', '.join(CHECKPOINTS)}, or ''")
         names = names * len(self.layers) if len(names) == 1 else names
         for block, name in itertools.zip_longest(self.layers, names, fillvalue=""):
-            block.again = name
+            block.checkpointed = name
 
     def compile_blocks(self, compiled: Callable[[Callable], Callable]) -> None:
         """Run the blocks' parts as compiled(part), each one function for all blocks (device.compiler has such).
@@ -361,7 +367,7 @@ class Decoder(nn.Module):
         fewer = wanted is not None and 1 < len(wanted) < ids.numel()
         for i, block in enumerate(self.layers):
             only = wanted if fewer and i == len(self.layers) - 1 else None
-            x = _kept(block, x, cos, sin, view, cache, only, again=block.again == "block")
+            x = _checkpointed(block, x, cos, sin, view, cache, only, again=block.checkpointed == "block")
         x = self.norm(x)
         return x if wanted is None else x[0] if fewer else x.flatten(0, 1).index_select(0, wanted)
 

@@ -31,7 +31,7 @@ def lr_at(step: int, total: int, peak: float, schedule: str = "cosine", warmup: 
     return peak * (1 - progress) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def squeeze(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+def quantize_moment(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """A moment in 8 bits: codes (blocks, BLOCK) int8 or uint8, and each block's peak (blocks, 1) float32.
 
     Codes are dense around 0, where most of a moment is: |x| / peak is (code / top) to the power CURVE. The second
@@ -45,8 +45,8 @@ def squeeze(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     return part.mul_(255).round_().clamp_min_(1).mul_(blocks > 0).to(torch.uint8), peak
 
 
-def expand(codes: Tensor, peak: Tensor, shape: torch.Size) -> Tensor:
-    """What squeeze() was given, float32, to a few per cent."""
+def dequantize_moment(codes: Tensor, peak: Tensor, shape: torch.Size) -> Tensor:
+    """What quantize_moment() was given, float32, to a few per cent."""
     top = 127 if codes.dtype == torch.int8 else 255
     part = codes.float()
     values = (part.abs() / top).pow_(CURVE).mul_(part.sign()).mul_(peak)
@@ -57,8 +57,8 @@ class AdamW:
     """AdamW (arXiv 1711.05101) over what requires a gradient in `model`.
 
     Weights below float32 get a float32 master that takes the updates: a bf16 weight has 8 bits, and would round most
-    of them away. Weight decay spares vectors (the norms). eight_bit: hold the moments as squeeze() makes them, block by
-    block (after arXiv 2110.02861; the codes are our own). home: where they are held; None, beside their weights.
+    of them away. Weight decay spares vectors (the norms). eight_bit: hold the moments as quantize_moment() makes them,
+    block by block (after arXiv 2110.02861; the codes are our own). home: where they are held; None, beside the weights.
     """
 
     def __init__(
@@ -82,7 +82,9 @@ class AdamW:
 
     def _put(self, first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
         """Both moments of a weight as they are held: two tensors, or codes and peaks of each."""
-        held = (*squeeze(first, signed=True), *squeeze(second, signed=False)) if self.eight_bit else (first, second)
+        held = first, second
+        if self.eight_bit:
+            held = (*quantize_moment(first, signed=True), *quantize_moment(second, signed=False))
         return held if self.home is None else tuple(x.to(self.home) for x in held)
 
     def _get(self, i: int) -> tuple[Tensor, Tensor]:
@@ -91,7 +93,7 @@ class AdamW:
         held = [x.to(master.device, non_blocking=True) for x in self.moments[i]]
         if not self.eight_bit:
             return tuple(held)
-        return expand(*held[:2], master.shape), expand(*held[2:], master.shape)
+        return dequantize_moment(*held[:2], master.shape), dequantize_moment(*held[2:], master.shape)
 
     @property
     def _keys(self) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ class Plan:
     """weights: all, trained: those that learn. flops and tokens: of one micro-batch, forward and backward.
 
     peak: bytes, at their most; parts: of what. Before the allocator rounds, and without the libraries' own scratch.
-    again: what Decoder.compute_again was told. host: bytes of the optimiser's moments that are not on the device.
+    again: what Decoder.set_checkpointing was told. host: bytes of the optimiser's moments that are not on the device.
     """
 
     weights: int
@@ -85,7 +85,7 @@ def make(
     eight_bit: bool = False,
     offload: bool = False,
 ) -> Plan:
-    """Run a step of this batch without values. prepare: says what trains. again: as Decoder.compute_again takes it.
+    """Run a step of this batch without values. prepare: says what trains. again: as Decoder.set_checkpointing takes it.
     eight_bit, offload: the optimiser's moments.
 
     The model is on the CPU as far as torch can tell, so that attention keeps no scores; INT4 is the reference kernel's.
@@ -96,7 +96,7 @@ def make(
         model = _imagined(config, scheme, dtype)
         live.part = "adapters"
         prepare(model)
-        model.model.compute_again(*again)
+        model.model.set_checkpointing(*again)
         trained = [p for p in model.parameters() if p.requires_grad]
         live.part = "optimiser"
         # the device is the CPU here, and what Live does not count is the host

@@ -131,14 +131,14 @@ def train(
             f"{tokenizer.folder} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: added tokens "
             "need rows in the embedding; resize it, or take the tokenizer without them"
         )
-    model.model.compute_again(args.gradient_checkpointing or "")
+    model.model.set_checkpointing(args.gradient_checkpointing or "")
     if args.compile and not args.plan:
         model.model.compile_blocks(device.compiler(model.device))
     if args.full and model.scheme is not None:
         raise BadInput(f"{args.model} is quantised: --full trains float weights; train an adapter, without --full")
     prepare(args, model)
     stop_ids, _ = chat.stops(encoder.template, tokenizer)
-    with distributed.first_alone():  # others find in the cache what it has tokenised
+    with distributed.main_process_first():  # others find in the cache what it has tokenised
         items, eval_items, bad = read_data(args, encoder, what)
     run = describe_run(args, model, encoder, {"data": items.parts, "evaluation data": eval_items.parts})
     found = checkpoint.read(args.out) if args.resume and not args.plan else []
@@ -152,7 +152,7 @@ def train(
     referenced = asked and not args.reference_free
     if args.plan or args.tflops or args.memory_budget:
         planned, useful = make_plan(args, model, method, items, settings, referenced)
-        model.model.compute_again(*planned.again)
+        model.model.set_checkpointing(*planned.again)
     if args.plan:
         return
     if referenced:
@@ -267,10 +267,10 @@ def add_reference(
             which = [] if len(wanted) == len(part) else [wanted]
             key = hashlib.sha256(json.dumps([*known, part.fingerprint(), *which]).encode()).hexdigest()[:32]
             folder = files.cache_folder() / "reference" / key
-            if distributed.largest(first and (folder / REFERENCE).exists()):
+            if distributed.host_max(first and (folder / REFERENCE).exists()):
                 say(f"the reference's log-probs are known: {folder}")
                 logps = files.read_tensors(folder / REFERENCE)["logps"] if first else torch.empty(len(part), 2)
-                logps = distributed.gathered({"logps": logps})[0]["logps"]
+                logps = distributed.all_gather({"logps": logps})[0]["logps"]
             else:
                 some = f"{len(wanted):,} of " if which else ""
                 say(f"the reference's log-probs of {some}{len(part):,} pairs, once")

@@ -46,7 +46,10 @@ _FILTERS = (
     "wordcount"
 )
 _SIZED = (str, list, tuple, dict, MappingView, range)
-_AMPLIFIERS = ("replace", "join", "indent", "tojson")
+# what they make, or the time that they take, is up to a product: strip and rfind compare all of one text at each
+# character of another
+_AMPLIFIERS = ("replace", "join", "indent", "tojson", "strip", "lstrip", "rstrip", "trim")
+_AMPLIFIERS += ("rsplit", "rfind", "rindex", "rpartition")
 
 # Content cannot forge these: they are drawn anew in every process.
 _OPEN, _CLOSE = (f"\ue000{secrets.token_hex(16)}\ue001" for _ in range(2))
@@ -167,7 +170,8 @@ def _made(value: object) -> object:
 
 
 def _amplifies(name: str, value: object, arguments: list) -> None:
-    """Pay for a product beforehand: what replace, join and indent make is at most one argument for each character."""
+    """Pay for a product beforehand: what replace, join and indent make is at most one argument for each character, and
+    strip and rfind may look at all of their argument at each."""
     for one in (value, *arguments):
         if hasattr(type(one), "__iter__") and not isinstance(one, (*_SIZED, jinja2.Undefined)):
             raise _TooMuch(f"it joins a {type(one).__name__}: nobody knows how much that holds")

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from minichat.console import say
 from minichat.errors import BadInput, why
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+SUFFIXES = (".jsonl.gz", ".jsonl", ".json.gz", ".json", ".parquet")  # the longer of two first
 # what lies beside data in data sets and is none
 BESIDE = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json")
 CHUNK = 1 << 20  # characters of a JSON array read at a time
@@ -82,22 +83,48 @@ def _listing(folder: Path) -> list[str]:
 
 
 def _chosen(files: list[str], inside: str, name: str, strict: bool = True) -> list[str]:
-    """The files of records in a listing: those of a split or a pattern, or without one the only split, or train."""
+    """The files of records in a listing: those of a split or a pattern; or without one train, or all that is not by its
+    name for evaluation. Raises BadInput where that is nothing, one thing several times, or not all of its shards."""
     data = [file for file in files if _is_data(file)]
     splits = sorted({_split(file) for file in data})
-    train = [split for split in splits if re.match(r"train(?![a-z])", split)]
+    train = [split for split in splits if re.match(r"train(?![a-z])", split, re.IGNORECASE)]
+    pattern = bool(re.search(r"[*?[]", inside))
     if inside not in ("", "."):
         found = [file for file in data if fnmatch.fnmatchcase(file, inside) or _split(file) == inside]
     elif len(train) > 1:
         raise BadInput(f"{name} holds {', '.join(splits)}: say which, --data {name}/{train[0]}"[:400])
     else:
-        found = [file for file in data if _split(file) == train[0]] if train else data
+        held_out = r"(test|valid|validation|val|dev|eval)(?![a-z])"
+        rest = [file for file in data if not re.match(held_out, _split(file), re.IGNORECASE)]
+        found = [file for file in data if _split(file) == train[0]] if train else rest or data
     if strict and not found:
         there = (
             f"nothing there is called {inside!r}; it holds {', '.join(splits)}" if data else f"no {', '.join(SUFFIXES)}"
         )
         raise BadInput(f"{name}: {there}"[:400])
+    if not pattern:
+        _check_whole(found, name)
     return found
+
+
+def _check_whole(files: list[str], name: str) -> None:
+    """Raise BadInput for files that hold the same in several languages, configurations or formats, or for shards that
+    lack some of theirs: nobody would notice."""
+    known: dict[str, str] = {}
+    shards: dict[tuple[str, str], list[str]] = {}
+    for file in files:
+        path = PurePosixPath(file)
+        stem = next(path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix))
+        if other := known.get(stem):
+            which = f"--data {name}/{file}, or all by a pattern: --data {name}/'*'"
+            raise BadInput(f"{name} holds {other} and {file}, perhaps the same twice; say which: {which}"[:400])
+        known[stem] = file
+        if part := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(-\w+)?", stem):
+            shards.setdefault((part[1], part[3]), []).append(file)
+    for (stem, count), there in shards.items():
+        if len(there) != int(count):
+            some = f"fetch the others, or name some by a pattern: --data {name}/'{stem}*'"
+            raise BadInput(f"{name}: {len(there)} of {int(count)} files of {stem} are there; {some}"[:400])
 
 
 def _is_data(file: str) -> bool:
@@ -113,7 +140,7 @@ def _split(file: str) -> str:
     """
     path = PurePosixPath(file)
     stem = path.name
-    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+    for suffix in SUFFIXES:
         stem = stem.removesuffix(suffix)
     stem = re.sub(r"[-_.]\d+-of-\d+.*$", "", stem)
     return path.parent.name if re.fullmatch(r"(part[-_.])?\d+", stem) and path.parent.name else stem
@@ -134,6 +161,7 @@ def _download(name: str, repo: str, revision: str | None, inside: str) -> tuple[
             # no pattern that any file fits: what is here of the data set is enough, whole or not
             folder = Path(snapshot_download(repo, **kind, local_files_only=True, allow_patterns=["/"]))
             files = _chosen(_listing(folder), inside, name)
+            say(f"the hub did not answer: {name} as far as it is here")
     except BadInput:
         raise
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:

@@ -205,7 +205,7 @@ def _key(source: sources.Source, encoder: Sft | Dpo) -> str:
     """A hash of everything that decides what the items are."""
     known = {
         "version": VERSION,
-        "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files],
+        "files": [(file.name, file.stat().st_mtime_ns, files.fingerprint(file)) for file in source.files],
         "tokenizer": encoder.tokenizer.fingerprint,
         "encoder": type(encoder).__name__,
         **{field.name: getattr(encoder, field.name) for field in fields(encoder) if field.name != "tokenizer"},

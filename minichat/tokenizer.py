@@ -46,9 +46,6 @@ class Tokenizer:
             raise BadInput(
                 f"{self.folder / 'tokenizer.json'} has a token of id {self.vocab_size - 1}; ids are below {LARGEST}"
             )
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(id for id, token in added.items() if token.special)
-
         # the token files name tokens, the model's files number them; the tokenizer's own word comes first, and a null
         # there is a word too: some models have a bos_token_id in config.json and no BOS
         names = {**read_json(self.folder / "special_tokens_map.json", missing={}), **config}
@@ -64,6 +61,9 @@ class Tokenizer:
                 raise BadInput(f"{key} is {token!a} in {self.folder}'s files; it must be a token's text, or null")
             if token is not None:
                 self.special_tokens[key] = token
+        self._add_special_tokens(names)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(id for id, token in added.items() if token.special)
         self.bos_id: int | None = self._id("bos_token")
         eos_id = self._id("eos_token")
         if eos_id is None:
@@ -78,7 +78,8 @@ class Tokenizer:
 
         with _refused(self.folder):
             adds_bos = self.bos_id is not None and self._tokenizer.encode("a").ids[:1] == [self.bos_id]
-        self.add_bos: bool = self.bos_id is not None and bool(config.get("add_bos_token", adds_bos))
+        said = config.get("add_bos_token")
+        self.add_bos: bool = self.bos_id is not None and bool(adds_bos if said is None else said)
         self._pieces: dict[int, bytes] = {}  # filled by _piece
         self.chat_template: str | None = self._find_template(config.get("chat_template"))
 
@@ -289,7 +290,7 @@ class Tokenizer:
         return id
 
     def _add_tokens(self, described: dict[str, dict]) -> None:
-        """Add the tokens of tokenizer_config.json that tokenizer.json lacks, as transformers does."""
+        """Add what tokenizer_config.json has of tokens beyond tokenizer.json, or otherwise, as transformers does."""
         from tokenizers import AddedToken
 
         well = isinstance(described, dict) and all(
@@ -299,16 +300,27 @@ class Tokenizer:
         if not well:
             raise BadInput(f"{self.folder / 'tokenizer_config.json'}: added_tokens_decoder maps no ids to tokens")
         for id, token in sorted(described.items(), key=lambda item: int(item[0])):
-            if self._tokenizer.token_to_id(token["content"]) is None:
-                flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-                self._tokenizer.add_tokens(
-                    [AddedToken(token["content"], **{f: bool(token[f]) for f in flags if f in token})]
-                )
+            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            new = AddedToken(token["content"], **{f: bool(token[f]) for f in flags if f in token})
+            known = self._tokenizer.token_to_id(token["content"])
+            if known is None or known == int(id) and self._tokenizer.get_added_tokens_decoder().get(known) != new:
+                self._tokenizer.add_tokens([new])
                 if self._tokenizer.token_to_id(token["content"]) != int(id):
                     raise BadInput(
                         f"token {token['content']!r} has id {id} in {self.folder}/tokenizer_config.json, and "
                         "tokenizer.json leaves no such id; copy both files from the same model"
                     )
+
+    def _add_special_tokens(self, names: dict) -> None:
+        """Tokens that the files name as special, and that are a plain part of the vocabulary: text is not cut through
+        them, as in transformers, and what a template writes is the one token."""
+        extra = [names.get(key) or () for key in ("additional_special_tokens", "extra_special_tokens")]
+        extra = [token for some in extra for token in (some.values() if isinstance(some, dict) else some)]
+        texts = [token.get("content") if isinstance(token, dict) else token for token in extra]
+        added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        for text in (*self.special_tokens.values(), *texts):
+            if _is_text(text) and text not in added and self._tokenizer.token_to_id(text) is not None:
+                self._tokenizer.add_special_tokens([text])
 
     def _find_template(self, configured: str | list | None) -> str | None:
         path = self.folder / TEMPLATE_FILE

@@ -52,7 +52,7 @@ class Method:
     """
 
     objective: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
-    batch: Callable[[list, Callable[[int], int]], data.Batch]
+    batch: Callable[[list, Callable[[int], int] | None], data.Batch]
     summary: Callable[[dict[str, float]], dict[str, float]] = lambda means: means
     logps: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None  # DPO: of each row's answer, (2B,)
     keys: tuple[str, ...] = ("loss",)  # of what objective gives
@@ -131,7 +131,7 @@ def reference_logps(model: nn.Module, method: Method, pairs: Sequence[Pair], set
         with lora.disabled(model) if lora.adapted(model) else nullcontext():
             logps = method.logps(model, on(where, batch.tensors)).float().cpu()
         found[indices] = logps.view(2, -1).T[: len(indices)]
-    return sum(each["logps"] for each in distributed.gathered({"logps": found}))
+    return sum(each["logps"] for each in distributed.all_gather({"logps": found}))
 
 
 def fit(
@@ -172,7 +172,7 @@ def fit(
     logged_tokens, start = tokens, time.perf_counter()
     for step, batches in zip(range(done, total), steps(items, settings, method, where, done)):
         # a tensor: a number would make another graph of each step
-        targets, read = distributed.totals(sum(b.weight for b in batches), sum(b.tokens for b in batches))
+        targets, read = distributed.host_sum(sum(b.weight for b in batches), sum(b.tokens for b in batches))
         weight = torch.tensor(float(targets)).to(where, non_blocking=True)
         lr = optim.lr_at(step, total, settings.lr, settings.schedule, warmup)
         sums: dict[str, Tensor] = {}
@@ -225,7 +225,7 @@ def _over_all(
 ) -> dict[str, Tensor]:
     """The sums over all processes, and the gradients too, in place; a process may have had no micro-batch."""
     row = torch.stack([sums[key].float() if key in sums else torch.zeros((), device=where) for key in keys])
-    distributed.add_up([*grads, row])
+    distributed.all_reduce([*grads, row])
     return dict(zip(keys, row))
 
 
@@ -344,7 +344,7 @@ def evaluate(model: nn.Module, method: Method, items: Sequence, settings: Settin
     model.train(was_training)
     if distributed.world() > 1:
         sums = _over_all(sums, method.keys, (), where)
-    (weight,) = distributed.totals(weight)
+    (weight,) = distributed.host_sum(weight)
     values = torch.stack([value.float() for value in sums.values()]).tolist()
     return method.summary({key: value / weight for key, value in zip(sums, values)})
 

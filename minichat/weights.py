@@ -13,14 +13,13 @@ from minichat import device as devices
 from minichat import int4 as quant
 from minichat.console import say
 from minichat.errors import BadInput, why
-from minichat.files import read_json, staged, write_json, write_tensors
+from minichat.files import fingerprint, read_json, staged, write_json, write_tensors
 from minichat.lora import (
     CONFIG,
     WEIGHTS,
     Adapter,
     Frozen,
     adapted,
-    fingerprint,
     freeze,
     load,
     rounding,
@@ -32,10 +31,6 @@ from minichat.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
-TO_SAFETENSORS = (
-    'python -c "from transformers import AutoModelForCausalLM as M; '
-    "M.from_pretrained('MODEL', dtype='auto').save_pretrained('FOLDER')\""
-)
 
 
 # ---- where a model lies ----
@@ -106,9 +101,15 @@ def _download(repo: str, revision: str | None) -> Path:
     except refused as error:
         raise BadInput(f"{repo}: no such folder here, and the hub gave none: {why(unreached or error)}") from None
     if not any(Path(at).glob("*.safetensors")):
-        how = TO_SAFETENSORS.replace("MODEL", repo).replace("FOLDER", repo.split("/")[1])
+        how = _to_safetensors(repo, repo.split("/")[1])
         raise BadInput(f"{repo} has no safetensors; pickle can run code: convert it where you trust it: {how}")
     return Path(at)
+
+
+def _to_safetensors(model: object, folder: object) -> str:
+    """The command with which transformers writes a model of pickles as safetensors."""
+    how = f"M.from_pretrained('{model}', dtype='auto').save_pretrained('{folder}')"
+    return f'python -c "from transformers import AutoModelForCausalLM as M; {how}"'
 
 
 def chain(source: str | Path) -> tuple[Path, list[Adapter]]:
@@ -186,7 +187,7 @@ class Shards:
         if not file.exists():
             pickles = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
             if pickles:
-                how = TO_SAFETENSORS.replace("MODEL", str(folder)).replace("FOLDER", str(folder))
+                how = _to_safetensors(folder, folder)
                 raise BadInput(f"{pickles[0]}: pickle can run code; make it safetensors where you trust it: {how}")
             raise BadInput(f"{folder}: holds neither model.safetensors nor {INDEX}")
         with self._open(file) as tensors:

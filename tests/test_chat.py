@@ -442,6 +442,14 @@ HOSTILE = {
     "join range": "{{ range(100000) | join('b' * 1000000) }}",
     "join loop": "{% for i in range(100000) %}{{ loop | join('b' * 1000000) }}{% endfor %}",
     "str.join loop": "{% for i in range(100000) %}{{ ('b' * 1000000).join(loop) }}{% endfor %}",
+    **{
+        f"str.{call}": "{% set b = 'a' * 2000000 %}{% set n = 'a' * 16000 ~ 'b' ~ 'a' * 16000 %}{{ b." + call + " }}"
+        for call in ("rfind(n)", "rindex(n)", "rsplit(n)", "rpartition(n)")
+    },
+    **{
+        call: "{% set b = 'a' * 2000000 %}{% set n = 'b' * 320000 ~ 'a' %}{{ (b" + call + ") | length }}"
+        for call in (".strip(n)", ".lstrip(n)", ".rstrip(n)", "|trim(n)")
+    },
     "to_bytes": "{{ (5).to_bytes(10**10) }}",
     "lipsum": "{{ lipsum(n=100000) }}",
     "keep": "".join(f"{{% set b{i} = 'a' * 4000000 %}}" for i in range(1000)),

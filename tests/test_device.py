@@ -101,7 +101,7 @@ def test_each_of_several_processes_has_a_card(bridge, monkeypatch):
     for name in (".torch.distributed", ".torch.distributed.hccl"):
         monkeypatch.setitem(sys.modules, "habana_frameworks" + name, types.ModuleType("stub"))
     assert device.pick("hpu") == HPU
-    assert [device.collective(where) for where in (CPU, CUDA, HPU)] == ["gloo", "nccl", "hccl"]
+    assert [device.distributed_backend(where) for where in (CPU, CUDA, HPU)] == ["gloo", "nccl", "hccl"]
 
 
 def test_hpu_calls_are_the_bridges(bridge, monkeypatch):

@@ -64,7 +64,7 @@ run("sft", "parts", dropout=0.3, stop=2, steps=5)  # one process is asked to sto
 assert (folder / "parts/checkpoints/step-2").exists() or rank
 parts = run("sft", "parts", dropout=0.3, resume=True, steps=5)
 same = all(torch.equal(whole[name], parts[name]) for name in whole)
-alike = [distributed.largest(int(p.sum() * 1e6)) == int(p.sum() * 1e6) for p in whole.values()]
+alike = [distributed.host_max(int(p.sum() * 1e6)) == int(p.sum() * 1e6) for p in whole.values()]
 if rank == 0:
     torch.save(found, folder / "weights.pt")
 print(json.dumps({"rank": rank, "same": same, "alike": all(alike), "seed": seed}), flush=True)
@@ -153,14 +153,14 @@ def test_alone_nothing_happens(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     distributed.start(torch.device("cpu"))
     x = torch.ones(3)
-    distributed.add_up([x])
-    with distributed.first_alone():
+    distributed.all_reduce([x])
+    with distributed.main_process_first():
         assert torch.equal(x, torch.ones(3))
-    assert (distributed.rank(), distributed.world(), distributed.totals(3, 4), distributed.largest(5)) == (
+    assert (distributed.rank(), distributed.world(), distributed.host_sum(3, 4), distributed.host_max(5)) == (
         0,
         1,
         [3, 4],
         5,
     )
-    assert distributed.gathered({"a": x}) == [{"a": x}]
+    assert distributed.all_gather({"a": x}) == [{"a": x}]
     distributed.stop()

@@ -2,8 +2,11 @@
 
 import json
 import math
+import random
+from collections import Counter
 
 import pytest
+from test_tokenizer import built
 
 from minichat import chat
 from minichat.cli import BASE
@@ -328,8 +331,79 @@ def test_an_answer_that_is_too_long_loses_its_right():
     (one,), report = sft({"messages": messages}, max_length=6)
     assert one.ids == ids[first - 1 : first + 5] and one.mask == [0, 1, 1, 1, 1, 1]
     assert report.counts == {"prompts cut on the left": 1, "answers cut on the right": 1}
-    (whole,), report = sft({"messages": messages}, max_length=6, learn="all")
-    assert whole.ids == ids[:6] and report.counts == {"answers cut on the right": 1}
+
+
+def test_a_chat_of_which_all_is_learnt_is_cut_into_pieces():
+    """As a text: nothing of it is left out."""
+    messages = [SYSTEM, *[user("go"), said("one two three four five six seven")] * 5]
+    ids, _ = chat.render(messages, "neuralchat", TOKENIZER)
+    found, report = sft({"messages": messages}, max_length=6, learn="all")
+    assert [t for e in found for t in e.ids] == ids[: len(ids) - (len(ids) % 6 == 1)]
+    assert all(all(e.mask) for e in found) and report.counts == {"chats cut into pieces": 1}
+
+
+def test_a_long_chat_loses_as_few_turns_as_make_it_fit(monkeypatch):
+    """By the definition, turn by turn; and without rendering it once for each of them."""
+    rng, rendered, render = random.Random(0), [], chat.render
+    monkeypatch.setattr(chat, "render", lambda *args, **more: (rendered.append(1), render(*args, **more))[1])
+    for turns in (1, 2, 3, 10, 200):
+        chats = [SYSTEM] * rng.randrange(2)
+        for _ in range(turns):
+            chats += [user("go " * rng.randrange(1, 9)), said("one " * rng.randrange(1, 9))]
+        whole = len(render(chats, "neuralchat", TOKENIZER)[0])
+        for longest in (whole, whole - 1, whole // 2, 60):
+            shorter, dropped = chats, 0
+            while len(ids := render(shorter, "neuralchat", TOKENIZER)[0]) > longest and dropped < turns - 1:
+                first = 1 if shorter[0] is SYSTEM else 0
+                shorter, dropped = [*shorter[:first], *shorter[first + 2 :]], dropped + 1
+            rendered.clear()
+            [found], report = sft({"messages": chats}, max_length=longest)
+            assert report.counts["oldest turns dropped"] == dropped and len(rendered) <= 10
+            assert found.ids == ids or len(ids) > longest
+
+
+def test_a_text_that_has_its_ends_already_gets_no_second_ones():
+    tokenizer = built()
+    assert tokenizer.add_bos
+    encoder = Sft(tokenizer, chat.template_text("none", tokenizer), 100)
+    bare, both, begun, ended = ("hello", "<s>hello</s>", "<s>hello", "hello</s>")
+    found = [encoder({"text": text}, Counter())[0].ids for text in (bare, both, begun, ended)]
+    assert found[0] == [tokenizer.bos_id, *tokenizer.encode("hello"), tokenizer.eos_id]
+    assert all(ids.count(tokenizer.bos_id) == ids.count(tokenizer.eos_id) == 1 for ids in found)
+
+
+@pytest.mark.parametrize("field", ["system", "system_prompt"])
+def test_a_system_message_in_a_field_of_its_own(field):
+    """Whatever the format; one among the messages is the one, and an empty one is none."""
+    asked, answered = user("How much is 1 + 2?"), said("3")
+    sharegpt = [{"from": "human", "value": asked["content"]}, {"from": "gpt", "value": "3"}]
+    records = (
+        {"messages": [asked, answered]}, {"conversations": sharegpt}, {"query": asked["content"], "response": "3"},
+        {"question": asked["content"], "response": "3"}, {"instruction": asked["content"], "output": "3"},
+        {"prompt": asked["content"], "completion": "3"},
+    )  # fmt: skip
+    wanted = chat.render([SYSTEM, asked, answered], "neuralchat", TOKENIZER)[0]
+    plain = chat.render([asked, answered], "neuralchat", TOKENIZER)[0]
+    for record in records:
+        assert sft({**record, field: "Be brief."})[0][0].ids == wanted
+        assert sft({**record, field: ""})[0][0].ids == plain
+    own = {"messages": [{**SYSTEM, "content": "Its own."}, asked, answered], field: "Be brief."}
+    assert "Its own." in text(sft(own)[0][0].ids) and "Be brief." not in text(sft(own)[0][0].ids)
+    answers = {"chosen": "3", "rejected": "4"}
+    pairs = (
+        {"prompt": asked["content"], **answers}, {"question": asked["content"], **answers},
+        {"prompt": f"<|im_start|>user\n{asked['content']}<|im_end|>\n<|im_start|>assistant\n", **answers},
+        {"chosen": [asked, answered], "rejected": [asked, said("4")]},
+    )  # fmt: skip
+    asked_first = chat.prompt_ids([SYSTEM, asked], "neuralchat", TOKENIZER)
+    for record in pairs:
+        assert dpo({**record, field: "Be brief."})[0][0].prompt == asked_first
+
+
+def test_a_chat_that_calls_tools_is_refused():
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]}
+    with pytest.raises(BadInput, match="calls tools"):
+        sft({"messages": [user("a"), call]}, {"text": "fine"}, strict=True)
 
 
 def test_a_text_that_is_too_long_is_cut_into_pieces():

@@ -11,7 +11,7 @@ from helpers import make, theirs
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minichat import lora
+from minichat import files, lora
 from minichat.errors import BadInput
 
 CASES = {
@@ -451,7 +451,7 @@ def test_merging_what_was_trained_over_int4_is_told(scheme, tmp_path, capsys):
 def test_an_adapter_of_another_file_has_another_fingerprint(tmp_path):
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
         lora.save(adapted(seed), tmp_path / name)
-    one, same, other = (lora.fingerprint(tmp_path / name / lora.WEIGHTS) for name in ("one", "same", "other"))
+    one, same, other = (files.fingerprint(tmp_path / name / lora.WEIGHTS) for name in ("one", "same", "other"))
     assert one == same != other
 
 
@@ -461,7 +461,7 @@ def test_a_fingerprint_is_of_all_parts_of_a_file(tmp_path):
     (tmp_path / "a").write_bytes(content)
     content[3 << 20 : 5 << 20] = b"\1" * (2 << 20)
     (tmp_path / "b").write_bytes(content)
-    assert lora.fingerprint(tmp_path / "a") != lora.fingerprint(tmp_path / "b")
+    assert files.fingerprint(tmp_path / "a") != files.fingerprint(tmp_path / "b")
 
 
 def edit_config(**changes):

@@ -239,7 +239,7 @@ def test_hooks_on_attention_see_all_of_it():
         block.self_attn.register_forward_hook(lambda module, given, y: seen.append((module, given, y)))
     for again in ("", "attention", "block"):
         seen.clear()
-        model.model.compute_again(again)
+        model.model.set_checkpointing(again)
         model(torch.arange(5)[None]).sum().backward()
         assert len(seen) >= 2
     module, given, y = seen[0]
@@ -254,7 +254,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     ids = torch.randint(0, 97, (2, 20))
     grads, kept = [], []
     for names in ([], ["attention"], ["mlp"], ["block"], ["", "block"], ["block", "attention"]):
-        model.model.compute_again(*names)
+        model.model.set_checkpointing(*names)
         sizes: dict[int, int] = {}
         pack = lambda x, sizes=sizes: sizes.update({x.data_ptr(): x.nbytes}) or x  # noqa: E731
         model.zero_grad()
@@ -281,7 +281,7 @@ def test_wanted_positions_are_those_of_the_whole_output(layout, again, in_parts)
         documents = torch.tensor([[0] * 6 + [4] * 4, [0] * 10])
         where = {"documents": documents, "positions": torch.tensor([[*range(6), *range(4)], [*range(10)]])}
     model = make().train()
-    model.model.compute_again(again)
+    model.model.set_checkpointing(again)
     if in_parts:
         model.model.compile_blocks(lambda part: part)
     ids = torch.randint(0, 97, (1, 20) if layout == "a pair in one row" else (2, 10))

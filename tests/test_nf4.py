@@ -73,7 +73,7 @@ def test_a_step_is_that_over_the_float_weights_it_stands_for(again):
         lora.attach(model, r=4, alpha=8)
         for module in lora.adapted(model).values():
             module.lora_B.weight.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(2))
-        model.model.compute_again(again)
+        model.model.set_checkpointing(again)
         loss = training.sft().objective(model.train(), batch.tensors)["loss"] / batch.weight
         loss.backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad} | {"loss": loss.detach()})

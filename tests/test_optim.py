@@ -156,20 +156,20 @@ def test_squeezed_moments_are_near_and_never_vanish():
     """Over six orders of magnitude in a block: near what they were, signs kept, the second never 0."""
     x = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
     x *= 10 ** torch.empty_like(x).uniform_(-6, 0, generator=torch.Generator().manual_seed(1))
-    first = optim.expand(*optim.squeeze(x, signed=True), x.shape)
+    first = optim.dequantize_moment(*optim.quantize_moment(x, signed=True), x.shape)
     peak = float(x.abs().max())
     assert (first - x).abs().max() < 0.02 * peak
     large = x.abs() > 1e-3 * peak
     torch.testing.assert_close(first[large], x[large], rtol=0.2, atol=0)
     square = x.square()
-    second = optim.expand(*optim.squeeze(square, signed=False), x.shape)
+    second = optim.dequantize_moment(*optim.quantize_moment(square, signed=False), x.shape)
     assert (second > 0).all()
     large = square > 1e-6 * peak**2
     torch.testing.assert_close(second[large], square[large], rtol=0.3, atol=0)
     zero = torch.zeros(5)
     for signed in (True, False):
-        codes, peaks = optim.squeeze(zero, signed)
-        assert codes.shape == (1, 256) and torch.equal(optim.expand(codes, peaks, zero.shape), zero)
+        codes, peaks = optim.quantize_moment(zero, signed)
+        assert codes.shape == (1, 256) and torch.equal(optim.dequantize_moment(codes, peaks, zero.shape), zero)
 
 
 def test_eight_bits_follow_thirty_two():

@@ -65,7 +65,7 @@ def test_a_plan_is_the_step_itself(kind, again, monkeypatch):
     if scheme:
         quantize(model, nf4=scheme.nf4)
     prepare(model.to(dtype))
-    model.model.compute_again(again)
+    model.model.set_checkpointing(again)
     model.train()
     held = {plan._key(x): x.nbytes for x in (*model.parameters(), *model.buffers())}
     with plan.Live() as live:

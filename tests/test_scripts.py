@@ -379,7 +379,7 @@ def test_flags_reach_the_loop(run, files, tmp_path, monkeypatch, script):
     assert dataclasses.asdict(seen["fit"]["settings"]) == {**SETTINGS, "pack": pack, "offload": True}
     assert not SETTINGS.items() & dataclasses.asdict(training.Settings()).items()
     model, attached = seen["fit"]["model"], seen["attach"]
-    assert {block.again for block in model.model.layers} == {"block"}
+    assert {block.checkpointed for block in model.model.layers} == {"block"}
     assert len(seen["fit"]["eval_items"]) == len(seen["fit"]["items"]) == 24
     wanted = dict(r=4, alpha=9, dropout=0.25, targets=["q_proj", "v_proj"], rslora=True, seed=7)
     assert attached["model"] is model and {key: attached[key] for key in wanted} == wanted
@@ -566,9 +566,9 @@ def test_a_budget_is_kept_by_the_run(run, base, files):
         _, _, err = run(*flags[:-1], *again, "--plan")
         sizes[bool(again)] = float(re.search(r"holds ([\d.]+) MiB", err)[1])
     assert sizes[True] < 0.9 * sizes[False]
-    seen, plain = [], Decoder.compute_again
+    seen, plain = [], Decoder.set_checkpointing
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Decoder, "compute_again", lambda self, *what: (seen.append(what), plain(self, *what))[1])
+        patch.setattr(Decoder, "set_checkpointing", lambda self, *what: (seen.append(what), plain(self, *what))[1])
         code, _, err = run(*flags, (sizes[True] + sizes[False]) / 2 / 1024)
     assert code == 0 and seen[-1] != ("",) and any(seen[-1]), (seen, err)
 

@@ -223,6 +223,32 @@ WRONG = {
 }
 
 
+def test_what_is_for_evaluation_is_not_learnt_from(folder):
+    for file in ("data.jsonl", "validation.jsonl", "Test.jsonl"):
+        (folder / "lay").mkdir(exist_ok=True)
+        (folder / "lay" / file).write_text("")
+    assert names("lay") == ["data.jsonl"] and names("lay/validation") == ["validation.jsonl"]
+    (folder / "lay" / "Train.jsonl").write_text("")
+    assert names("lay") == ["Train.jsonl"]
+    (folder / "only").mkdir()
+    (folder / "only" / "test.jsonl").write_text("")
+    assert names("only") == ["test.jsonl"]
+
+
+def test_what_is_there_twice_or_in_part_is_refused(folder):
+    """Configurations and languages, formats of one file, shards that were not fetched; a pattern says what is meant."""
+    for file in ("tasks/main/train.jsonl", "tasks/socratic/train.jsonl", "twice/a.jsonl", "twice/a.json.gz",
+                 "part/train-00000-of-00003.jsonl", "part/train-00002-of-00003.jsonl"):  # fmt: skip
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text("")
+    for spec, said in (("tasks", "say which"), ("twice", "say which"), ("part", "2 of 3"), ("part/train", "2 of 3")):
+        with pytest.raises(BadInput, match=said) as error:
+            find(spec)
+        assert "\n" not in str(error.value) and "--data" in str(error.value)
+    assert names("tasks/main/*") == names("tasks/main/train.jsonl") == ["train.jsonl"]
+    assert len(names("tasks/*")) == len(names("part/*")) == 2
+
+
 @pytest.mark.parametrize("spec", WRONG)
 def test_what_names_nothing_is_one_line(folder, spec, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

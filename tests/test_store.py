@@ -95,7 +95,21 @@ def test_what_decides_the_items_decides_what_is_found_again(folder, large, monke
     other = Tokenizer(BASE)
     other.add_bos = not other.add_bos
     assert store._key(source, Sft(other, TEMPLATE, 120)) != store._key(source, ENCODERS["sft"])
+    other = Tokenizer(BASE)
+    other.special_tokens = {**other.special_tokens, "eos_token": "<pad>"}  # before its fingerprint is known
+    known = {store._key(source, Sft(TOKENIZER, TEMPLATE, 120, max_prompt_length=most)) for most in (None, 50, 60)}
+    known |= {store._key(source, Dpo(TOKENIZER, TEMPLATE, 120, 50)), store._key(source, Sft(other, TEMPLATE, 120))}
+    assert len(known) == 5
     before = store._key(source, ENCODERS["sft"])
+    stamp, content = source.files[1].stat().st_mtime_ns, source.files[1].read_bytes()
+    source.files[1].write_bytes(content[:-9] + content[-9:].swapcase() + b"\n")
+    source.files[1].write_bytes(source.files[1].read_bytes()[: len(content)])
+    changed = source.files[1].read_bytes() != content
+    os.utime(source.files[1], ns=(stamp, stamp))  # another file of the same name, size and time, as archives make them
+    assert changed and store._key(source, ENCODERS["sft"]) != before
+    source.files[1].write_bytes(content)
+    os.utime(source.files[1], ns=(stamp, stamp))
+    assert store._key(source, ENCODERS["sft"]) == before
     os.utime(source.files[1], ns=(1, 1))  # changed since
     assert store._key(source, ENCODERS["sft"]) != before
     source.files[0].rename(folder / "c.jsonl")

@@ -541,6 +541,32 @@ def test_save_without_a_tokenizer_config(tmp_path):
     assert (theirs.eos_token, theirs.bos_token, theirs.chat_template) == ("</s>", "<s>", "{{ eos_token }}")
 
 
+def test_special_tokens_that_the_config_alone_names(tmp_path):
+    """A plain word of the vocabulary that a file declares special, an end of text among them, and other flags."""
+    transformers = pytest.importorskip("transformers")
+    numbers = backend_once("prepend").get_vocab()
+    word = next(token for token in sorted(numbers) if len(token) > 3 and token.isalpha())
+    ends = {str(numbers[token]): {"content": token, "special": True} for token in ("<unk>", "<s>", "</s>")}
+    strips = {"content": "<s>", "special": True, "rstrip": True, "lstrip": False, "normalized": False}
+    cases = (
+        {"added_tokens_decoder": {**ends, str(numbers[word]): {"content": word, "special": True, "normalized": False}}},
+        {"added_tokens_decoder": {**ends, str(numbers["<s>"]): strips}},
+        {"eos_token": word},
+        {"extra_special_tokens": [word]},
+    )
+    for n, config in enumerate(cases):
+        folder = write(tmp_path / str(n), **config)
+        theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), Tokenizer(folder)
+        for text in (f"x{word}y", f" {word} a{word}", "<s> hello </s> a", *CORPUS[:3]):
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), (config, text)
+    eos = Tokenizer(tmp_path / "2")
+    assert eos.eos_id == numbers[word] in eos.encode(f"a{word}") and eos.special_id(word) == eos.eos_id
+
+
+def test_an_add_bos_token_of_null_is_none(tmp_path):
+    assert Tokenizer(write(tmp_path, add_bos_token=None)).add_bos == built().add_bos is True
+
+
 # ---- back to text
 
 

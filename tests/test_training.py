@@ -381,7 +381,7 @@ def test_gradient_checkpointing_gives_the_same_weights():
     """Bit for bit, with dropout: what is computed again drops the same."""
     for method, items in ((training.sft(), examples()), (training.dpo(), pairs())):
         models = [adapted(dropout=0.2) for _ in range(2)]
-        models[1].model.compute_again("block")
+        models[1].model.set_checkpointing("block")
         runs = [], []
         for model, seen in zip(models, runs):
             model.model.layers[0].register_forward_pre_hook(lambda *_, seen=seen: seen.append(1))
@@ -490,7 +490,7 @@ def compiled_and_plain(kind, again, backend):
             module.lora_B.weight.data.normal_(0, 0.1)
     method = training.dpo() if kind == "dpo" else training.sft()
     model.train()
-    model.model.compute_again(*again)
+    model.model.set_checkpointing(*again)
     batches, graphs = uneven_batches(kind), []
     for compiles in (False, True):
         if compiles:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minichat.console import say
 from minichat.errors import BadInput
 from minichat.files import cache_folder, staged, sync
 from minichat.kernels import _sources
@@ -204,7 +205,7 @@ def _build_and_load() -> ctypes.CDLL | None:
         why = next((line for line in why.splitlines() if "error" in line), why.strip()).strip()
         of_cache = isinstance(error, BadInput)
         how = "$MINICHAT_CACHE may name another folder" if of_cache else "set CXX to a C++17 compiler"
-        print(f"minichat: no C++ kernel, so INT4 runs on the slow reference: {why} ({how})", file=sys.stderr)
+        say(f"no C++ kernel, so INT4 runs on the slow reference: {why} ({how})")
         return None
     i, n, p = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     weight = [p, p, i, p, n, n, n, i]
@@ -244,7 +245,7 @@ def _build() -> Path:
         return out
 
     with staged(folder, last=path.name) as scratch, ThreadPoolExecutor() as pool:  # two processes may build at once
-        print(f"minichat: compiling kernels/*_cpu.cpp (once, into {folder})", file=sys.stderr)
+        say(f"compiling kernels/*_cpu.cpp (once, into {folder})")
         objects = [*pool.map(lambda source: compile_to(scratch / f"{source.name}.o", "-c", source), SOURCES)]
         sync(compile_to(scratch / path.name, *LINK, *objects))
         for file in objects:
