@@ -10,11 +10,12 @@ import shutil
 import sys
 
 import pytest
+import tokenizers
 import torch
 from helpers import make
 
 import minichat
-from minichat import chat, cli, device, evaluate, int4
+from minichat import chat, cli, device, evaluate, generation, int4
 from minichat.errors import BadInput
 from minichat.evaluate import exact_match, last_number
 from minichat.examples import Pair
@@ -65,7 +66,12 @@ def test_answers_are_numbers_however_they_are_written():
     assert evaluate.same_answer("nan", "nan")
 
 
-def test_exact_match_is_a_loop_over_the_records(base):
+class Answered:
+    def __init__(self, text):
+        self.text = text
+
+
+def test_exact_match_is_a_loop_over_the_records(base, monkeypatch):
     """One record at a time and no cache of them; every other answer is set to what the model says."""
     model, tokenizer = minichat.load(base)
     questions = [f"calculate {a} + {b}" + " please" * (a % 3) for a in range(1, 8) for b in (2, 30)]
@@ -81,6 +87,9 @@ def test_exact_match_is_a_loop_over_the_records(base):
     for batch_size in (1, 4, 50):
         found = exact_match(model, tokenizer, records, "zephyr", batch_size, 10)
         assert found["answers"] == texts and found["exact_match"] == right / 14
+    numbers = [{"question": q, "answer": 680} for q in questions]  # JSON's, not a text
+    monkeypatch.setattr(generation, "answer", lambda *args, **more: [Answered("It is 680.")] * len(args[2]))
+    assert exact_match(model, tokenizer, numbers, "zephyr", 4, 10)["exact_match"] == 1
 
 
 def test_the_embedded_answers_are_right_by_their_own_rule():
@@ -121,12 +130,28 @@ def test_logps_are_the_definition():
             assert found == (pytest.approx(known[0], abs=1e-4), known[1], known[2])
 
 
+def begins_texts(folder):
+    """Make its tokenizer one that begins texts with BOS, as Mistral's; the base's does not."""
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bos = json.loads((folder / "tokenizer_config.json").read_text())["bos_token"]
+    single, ids = f"{bos} $A", [(bos, backend.token_to_id(bos))]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single=single, special_tokens=ids)
+    backend.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": True}))
+    return folder
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["", "BOS"])
 @pytest.mark.parametrize("length, stride", [(16, 16), (16, 8), (16, 5), (512, 512), (40, 1)])
 @torch.no_grad()
-def test_perplexity_is_that_of_transformers_windows(base, length, stride):
+def test_perplexity_is_that_of_transformers_windows(base, tmp_path, length, stride, begun):
     """The documentation's loop: windows that advance by the stride, each token scored where it comes first."""
     transformers = pytest.importorskip("transformers")
+    if begun:
+        base = begins_texts(shutil.copytree(base, tmp_path / "begun"))
     model, tokenizer = minichat.load(base)
+    assert tokenizer.add_bos == begun
     text = "The sum of 12 and 30 is 42. Größer ist besser! " * 3
     other = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
     ids = torch.tensor([[tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(text)])
@@ -319,6 +344,28 @@ def test_lm_eval_gets_what_its_own_model_computes(base, tasks, tmp_path, quantis
 
 def flat(value):
     return [inner for each in value for inner in flat(each)] if isinstance(value, list | tuple) else [value]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("begun", [False, True], ids=["", "BOS"])
+def test_lm_eval_reads_texts_as_its_own_model_does(base, tmp_path, begun):
+    """With BOS where the tokenizer begins texts so, and never a second one."""
+    if harness is None:
+        pytest.skip("needs lm-eval")
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if begun:
+        base = begins_texts(shutil.copytree(base, tmp_path / "begun"))
+    model, tokenizer = minichat.load(base)
+    other = AutoModelForCausalLM.from_pretrained(base)
+    theirs = HFLM(pretrained=other, tokenizer=AutoTokenizer.from_pretrained(base))
+    ours = harness.Harness(model, tokenizer, None, 1)
+    for text in ("How much is 1 + 2?", " a", "", "<s>How much", "a</s>b"):
+        for add in (None, True, False):
+            if add is None or begun:  # what a tokenizer without BOS adds there is its own affair
+                assert ours.tok_encode(text, add) == theirs.tok_encode(text, add), (text, add)
+    assert tokenizer.add_bos == begun == (ours.tok_encode("a")[:1] == [tokenizer.bos_id])
 
 
 @pytest.mark.filterwarnings("ignore")
