@@ -323,10 +323,10 @@ def matmul(x: Tensor, packed: Packed, exact: bool = True) -> Tensor:
     rows = x.detach().reshape(-1, K).contiguous()
     if rows.shape[0] > MOST_TOKENS or x.dtype == torch.float32:
         return F.linear(x, dequantize(packed, x.dtype))
-    out = torch.empty(len(rows), N, dtype=x.dtype, device=x.device)
+    out = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)  # no view, which could not be written over
     if len(rows):
-        linear(rows, packed, out)
-    return out.view(*x.shape[:-1], N)
+        linear(rows, packed, out.view(-1, N))
+    return out
 
 
 def matmul_transposed(grad: Tensor, packed: Packed) -> Tensor:

@@ -47,7 +47,15 @@ def pick(name: str | torch.device | None = None) -> torch.device:
             raise BadInput(f"device {name!r} is not there: torch {torch.__version__} sees no GPU; try --device cpu")
         if int(index or 0) >= torch.cuda.device_count():
             raise BadInput(f"device {name!r} is not there: {torch.cuda.device_count()} GPU(s), numbered from 0")
-        return torch.device("cuda", _local(torch.cuda.current_device()) if index is None else int(index))
+        if index is not None:
+            return torch.device("cuda", int(index))
+        mine = _local(torch.cuda.current_device())
+        if mine >= torch.cuda.device_count():
+            if torch.cuda.device_count() > 1:
+                raise BadInput(f"process {mine} of this machine has no GPU of its own: there are "
+                               f"{torch.cuda.device_count()}; start no more processes than that")  # fmt: skip
+            mine = 0  # a launcher that shows each process its own
+        return torch.device("cuda", mine)
     if kind == "hpu":
         _bridge(required=True)
     return torch.device(name)

@@ -78,6 +78,7 @@ def trains(model) -> dict:
     from minichat.examples import Example
     from minichat.metrics import Metrics
 
+    lora.freeze(model)
     lora.attach(model, 8, 16)
     items = [Example([5 + i % 50] * 100, [0] * 50 + [1] * 50) for i in range(48)]
     compiled = []

@@ -91,7 +91,9 @@ class Frozen:
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
         for A, B, s in self.frozen:
-            y = y + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * s
+            # one product, as in _Adapted: compiled, a sum of two would be rounded where it is read, not the same twice
+            low = F.linear(x, A.to(x.dtype)).flatten(0, -2) * s
+            y = torch.addmm(y.flatten(0, -2), low, B.to(x.dtype).t()).view_as(y)
         return y
 
     def _apply(self, function, recurse=True):
@@ -267,6 +269,8 @@ class Adapter:
     def only(self, targets: Sequence[str] | None) -> "Adapter":
         """This adapter restricted to the modules whose name ends in one of `targets` (None: all of them)."""
         if targets is not None:
+            if not any(targets):
+                raise BadInput(f"{self.folder}: no module is named of which the adapter's part is to be taken")
             for target in targets:
                 if not any(_names(target, name) for name in self.pairs):
                     raise BadInput(f"{self.folder}: the adapter has nothing for {target!r}")
@@ -492,13 +496,13 @@ def main() -> None:
             f"{args.adapter} was trained over INT4 weights, which cannot take it: merge it into the float ones, and "
             "infer.py --int4 quantises the result; or use it beside them: infer.py --int4 --model RUN"
         )
-    if args.base is None and (args.only or args.force):
+    if args.base is None and (args.only is not None or args.force):
         raise BadInput("--only and --force say how to merge into another base; add --base")
     source, more = args.adapter, {}
     if args.base is not None:
         if not args.force and not weights.is_base(adapter, args.base):
             raise BadInput(f"{args.adapter} was trained over another base than {args.base}; --force merges it into it")
-        only = args.only and [name.strip() for name in args.only.split(",")]
+        only = None if args.only is None else [name.strip() for name in args.only.split(",")]
         source, more = args.base, {"adapter": args.adapter, "only": only}
     model, tokenizer = weights.load_model(source, "cpu", cli.torch_dtype(args.dtype), scheme, **more)
     if adapted(model):

@@ -141,7 +141,8 @@ def choose(budget_gib: float, layers: int, of: Callable[[Sequence[str]], Plan]) 
     if not fits(least):
         raise BadInput(
             f"--memory-budget is {budget_gib:g} GiB, and a micro-batch needs {number(at(least).peak / GIB)} with "
-            "everything computed again; try a smaller --batch-size, --max-length, or --int4"
+            "everything computed again; try a smaller --batch-size or --max-length, and what holds less: --int4, or "
+            "with --full --optimizer adamw8bit and --offload-optimizer"
         )
     return at(least)
 

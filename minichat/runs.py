@@ -22,6 +22,7 @@ from minichat import (
     device,
     distributed,
     files,
+    int4,
     lora,
     metrics,
     plan,
@@ -142,6 +143,9 @@ def train(
         items, eval_items, bad = read_data(args, encoder, what)
     run = describe_run(args, model, encoder, {"data": items.parts, "evaluation data": eval_items.parts})
     found = checkpoint.read(args.out) if args.resume and not args.plan else []
+    done = found[-1][1]["step"] if found else -1
+    if distributed.host_max(done) != -distributed.host_max(-done):
+        raise BadInput(f"--resume: the processes see different checkpoints in {args.out}; they need one disk for all")
     if found and (other := checkpoint.differences(run, found[-1][1]["run"])):
         raise BadInput(f"--resume: not the run in {args.out}: {'; '.join(other)}; resume it as it was, or --overwrite")
     same = {f.name: getattr(args, f.name) for f in fields(training.Settings) if f.name in args}
@@ -198,6 +202,7 @@ def train(
                     shutil.rmtree(begun, ignore_errors=True)
                 save(args.out)  # still here: what would stop the run now waits for it
                 cli.end_run(args)
+        world = distributed.world()
         distributed.stop()
         if first:
             draw(args.out)
@@ -205,7 +210,7 @@ def train(
             say(f"compiled: {last['graphs']} graphs, {last['recompiled']} of them after the first step")
         if args.tflops and last:
             rate = tokens_per_s(metrics.read(args.out)) if first else last["tokens_per_s"]
-            share = rate * useful / args.tflops / distributed.world() / 1e12
+            share = rate * useful / args.tflops / world / 1e12
             held = f"{device.peak_memory_gib(model.device):.2f} GiB" + " of the process" * (model.device.type == "cpu")
             say(
                 f"measured: {rate:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; "
@@ -256,9 +261,12 @@ def add_reference(
             raise BadInput(f"--reference {args.reference} has another tokenizer than {args.model}: its ids mean others")
         lora.freeze(reference)  # an adapter beside INT4 weights is of the reference: only the one that trains is off
     adapter = args.adapter and not args.reference and weights.identity(weights.resolve(args.adapter))
-    # 2: what was kept before may be of a reference over INT4 without its adapter
-    known = [2, reference.identity, adapter, str(reference.scheme), str(reference.dtype), model.device.type,
-             args.loss == "ipo", args.batch_size, run["tokenizer and template"], __version__]  # fmt: skip
+    of_kernels = sorted({module.kernel for module in reference.modules() if isinstance(module, int4.Int4Linear)})
+    # 3: what was kept before may be of a reference over INT4 without its adapter, or of another config.json or kernel
+    known = [3, reference.identity, adapter, str(reference.scheme), str(reference.dtype), model.device.type,
+             args.loss == "ipo", args.batch_size, run["tokenizer and template"], __version__, args.compile,
+             str(reference.config), of_kernels]  # fmt: skip
+    kept = device.holds_values(model.device)  # of shapes alone there is nothing to keep
     first = distributed.rank() == 0  # whose cache counts: another process may have another disk
     train, held_out = mixes
     for mix, seen in ((train, training.seen(train, settings)), (held_out, set(range(len(held_out))))):
@@ -267,7 +275,7 @@ def add_reference(
             which = [] if len(wanted) == len(part) else [wanted]
             key = hashlib.sha256(json.dumps([*known, part.fingerprint(), *which]).encode()).hexdigest()[:32]
             folder = files.cache_folder() / "reference" / key
-            if distributed.host_max(first and (folder / REFERENCE).exists()):
+            if distributed.host_max(first and kept and (folder / REFERENCE).exists()):
                 say(f"the reference's log-probs are known: {folder}")
                 logps = files.read_tensors(folder / REFERENCE)["logps"] if first else torch.empty(len(part), 2)
                 logps = distributed.all_gather({"logps": logps})[0]["logps"]
@@ -278,7 +286,7 @@ def add_reference(
                 logps = torch.full((len(part), 2), torch.nan)  # for those that no step will see
                 if wanted:
                     logps[wanted] = training.reference_logps(reference, method, pairs, settings)
-                if first:
+                if first and kept:
                     with files.staged(folder, last=REFERENCE) as new:  # another run may write the same
                         files.write_tensors({"logps": logps}, new / REFERENCE)
             mix.parts[i] = data.Referenced(part, logps)
@@ -350,7 +358,8 @@ def describe_run(args: argparse.Namespace, model: Mistral, encoder: Sft | Dpo, p
     for name in ("adapter", "reference"):  # the folder may hold another by now
         if (source := getattr(args, name, None)) and not args.plan:
             flags[f"--{name}"] = f"{source} ({weights.identity(weights.resolve(source))})"
-    run = {**flags, "the base": model.identity, "tokenizer and template": text}
+    config = hashlib.sha256(str(model.config).encode()).hexdigest()[:16]
+    run = {**flags, "the base": model.identity, "its config.json": config, "tokenizer and template": text}
     run |= {name: ", ".join(f"{len(part):,} records {part.fingerprint()}" for part in of) for name, of in parts.items()}
     if distributed.world() > 1:
         run["processes"] = distributed.world()

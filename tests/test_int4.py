@@ -173,6 +173,19 @@ def test_another_kind_of_device_gets_its_own_layout(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(everything(module), before, strict=True))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_may_be_written_over(bits, dtype):
+    """As the loss does with its logits, where the head is quantised: no product is a view of something else."""
+    linear = Int4Linear.from_weight(torch.randn(32, 64), Scheme(bits, 32, skip=()))
+    x = torch.randn(2, 3, 64).to(dtype).requires_grad_()
+    y = linear(x)
+    y.detach().mul_(0)
+    y.backward(torch.ones_like(y))
+    expected = linear.dequantize().sum(dim=0).expand(2, 3, 64)
+    assert (x.grad.float() - expected).norm() < 2e-2 * expected.norm()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_cuda(bits):

@@ -409,6 +409,9 @@ def test_only_restricts_an_adapter_to_some_modules(tmp_path):
     assert json.loads((tmp_path / "one" / lora.CONFIG).read_text())["target_modules"] == list(lora.adapted(one))
     with pytest.raises(BadInput, match="nothing for 'up_proj'"):
         lora.load(make(), tmp_path, only=["k_proj", "up_proj"])
+    for nothing in ([], [""]):  # of a shell variable that is not set
+        with pytest.raises(BadInput, match="no module is named"):
+            lora.load(make(), tmp_path, only=nothing)
 
 
 @torch.no_grad()

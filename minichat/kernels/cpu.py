@@ -67,14 +67,15 @@ def matmul(x: Tensor, packed: Packed, exact: bool = True) -> Tensor:
     reference.check_input(x, K, packed)
     rows = x.detach().reshape(-1, K).contiguous()
     M, planes = rows.shape[0], 2 if exact else 1
-    y = torch.empty(M, N, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
+    # in its last shape: autograd refuses to have a view of a Function written over, as the loss does with its logits
+    y = torch.empty(*x.shape[:-1], N, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
     chunks = torch.empty(M * (K // 32) * (32 * planes + 12), dtype=torch.uint8)
     if M > 0:
         library().matmul(
             _pointer(rows), KINDS[x.dtype], M, planes, _pointer(chunks), *_weight(packed), _pointer(y), KINDS[y.dtype],
             isa(), threads(),
         )  # fmt: skip
-    return y.to(x.dtype).view(*x.shape[:-1], N)
+    return y.to(x.dtype)
 
 
 def matmul_transposed(grad: Tensor, packed: Packed) -> Tensor:
