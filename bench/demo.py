@@ -56,13 +56,14 @@ def run(seed: int, anew: bool) -> tuple[dict[str, float], dict[str, str], float]
     folder = ROOT / "runs" / f"demo-{seed}"
     if anew:
         shutil.rmtree(folder, ignore_errors=True)
-    if folder.exists():
+    again = ("--resume",) * folder.exists()
+    if again:
         print(f"going on with what is in {folder}; delete it to begin anew", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     test = [*sums.records("test", TEST, seed), {"question": EXAMPLE, "answer": "680"}]
     (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in test))
-    python(folder, ROOT / "train.py", "--seed", seed, "--resume")
-    python(folder, ROOT / "dpo.py", "--seed", seed, "--resume")
+    python(folder, ROOT / "train.py", "--seed", seed, *again)
+    python(folder, ROOT / "dpo.py", "--seed", seed, *again)
     stages = {"base": (BASE,), "SFT": ("runs/sft",), "DPO": ("runs/dpo",), "DPO INT4": ("runs/dpo", "--int4")}
     accuracy, answers = {}, {}
     for name, flags in stages.items():
