@@ -80,6 +80,7 @@ def test_one_call_is_document_after_document_for_all_lengths_alike(one_kernel):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
+@pytest.mark.filterwarnings("ignore:Skipping serialization")  # torch 2.6, of its own settings
 def test_the_compiled_call_skips_what_it_may(one_kernel):
     """As machine code it goes by the lists of blocks, which torch's own run of it does not look at."""
     kernel, made = device.compiled_for_lengths(attention._flex), device.graphs_compiled()

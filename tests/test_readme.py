@@ -45,6 +45,8 @@ def said(page: Path) -> list[tuple[str, str]]:
 def flags(script: str) -> set[str]:
     """What --help of a script lists."""
     shown = subprocess.run([sys.executable, *script.split(), "--help"], capture_output=True, text=True, cwd=ROOT)
+    if "the kernel needs" in shown.stderr:
+        pytest.skip(shown.stderr.splitlines()[-1])
     assert not shown.returncode, f"{script}: {shown.stderr}"
     return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", shown.stdout))
 
