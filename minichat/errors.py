@@ -18,7 +18,9 @@ class BadInput(ValueError):
 
 
 def why(error: BaseException) -> str:
-    """What the hub said, in a few words; of an error that only says it is not in reach, what lies below that."""
-    if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__ is not None:
-        error = error.__cause__
-    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
+    """What went wrong with the hub, in a few words: what the system said, where it lies at the bottom of the error."""
+    root = error
+    while (below := root.__cause__ or root.__context__) is not None:
+        root = below
+    said = root.strerror if isinstance(root, OSError) and root.strerror else str(error) or type(error).__name__
+    return textwrap.shorten(said, 200, placeholder=" …")

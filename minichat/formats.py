@@ -53,8 +53,12 @@ def _asked(record: dict, question: str, answer: str) -> Messages:
 def _with_system(messages: Messages, record: dict) -> Messages:
     """Messages behind the system message that stands in a field of its own, if there is one and they have none. Most
     rows of some data sets have one, others an empty one: then there is none."""
-    said = record.get("system") or record.get("system_prompt")
-    return [{"role": "system", "content": said}, *messages] if said and _role(messages[0]) != "system" else messages
+    for field in ("system", "system_prompt"):
+        if (said := record.get(field)) and _role(messages[0]) != "system":
+            if not isinstance(said, str):
+                raise BadInput(f"{field!r} is {said!r:.80}; it must be a string")
+            return [{"role": "system", "content": said}, *messages]
+    return messages
 
 
 def _alpaca(record: dict) -> Messages:

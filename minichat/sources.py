@@ -94,7 +94,7 @@ def _chosen(files: list[str], inside: str, name: str, strict: bool = True) -> li
     elif len(train) > 1:
         raise BadInput(f"{name} holds {', '.join(splits)}: say which, --data {name}/{train[0]}"[:400])
     else:
-        held_out = r"(test|valid|validation|val|dev|eval)(?![a-z])"
+        held_out = r"(test|valid|validation|val|dev|eval|evaluation)(?![a-z])"
         rest = [file for file in data if not re.match(held_out, _split(file), re.IGNORECASE)]
         found = [file for file in data if _split(file) == train[0]] if train else rest or data
     if strict and not found:
@@ -102,8 +102,10 @@ def _chosen(files: list[str], inside: str, name: str, strict: bool = True) -> li
             f"nothing there is called {inside!r}; it holds {', '.join(splits)}" if data else f"no {', '.join(SUFFIXES)}"
         )
         raise BadInput(f"{name}: {there}"[:400])
-    if not pattern:
-        _check_whole(found, name)
+    if strict and not inside and not train and len(found) < len(data):
+        say(f"{name}: left out, as for evaluation: {', '.join(sorted({*data} - {*found}))}"[:400])
+    if not pattern and inside not in files:
+        _check_whole(found, name.removesuffix(f"/{inside}"))
     return found
 
 
@@ -115,8 +117,10 @@ def _check_whole(files: list[str], name: str) -> None:
     for file in files:
         path = PurePosixPath(file)
         stem = next(path.name.removesuffix(suffix) for suffix in SUFFIXES if path.name.endswith(suffix))
+        split = re.sub(r"(part[-_.])?\d+$|[-_.]\d+-of-\d+.*$", "", stem)
         if other := known.get(stem):
-            which = f"--data {name}/{file}, or all by a pattern: --data {name}/'*'"
+            some = file if path.parent == PurePosixPath(other).parent else f"'{path.parent}/{split}*'"
+            which = f"--data {name}/{some}, or all by a pattern: --data {name}/'*{split}*'"
             raise BadInput(f"{name} holds {other} and {file}, perhaps the same twice; say which: {which}"[:400])
         known[stem] = file
         if part := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(-\w+)?", stem):

@@ -318,7 +318,8 @@ class Tokenizer:
         extra = [token for some in extra for token in (some.values() if isinstance(some, dict) else some)]
         texts = [token.get("content") if isinstance(token, dict) else token for token in extra]
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
-        for text in (*self.special_tokens.values(), *texts):
+        own = [text for key, text in self.special_tokens.items() if names.get(key) or key in ("bos_token", "eos_token")]
+        for text in (*own, *texts):  # not what the model's files number as padding, which may be any character
             if _is_text(text) and text not in added and self._tokenizer.token_to_id(text) is not None:
                 self._tokenizer.add_special_tokens([text])
 

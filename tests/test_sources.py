@@ -247,6 +247,10 @@ def test_what_is_there_twice_or_in_part_is_refused(folder):
         assert "\n" not in str(error.value) and "--data" in str(error.value)
     assert names("tasks/main/*") == names("tasks/main/train.jsonl") == ["train.jsonl"]
     assert len(names("tasks/*")) == len(names("part/*")) == 2
+    assert names("part/train-00002-of-00003.jsonl") == ["train-00002-of-00003.jsonl"]
+    with pytest.raises(BadInput, match=r"--data tasks/'socratic/train\*'") as error:
+        find("tasks")
+    assert names("tasks/socratic/train*") == ["train.jsonl"] and "'*train*'" in str(error.value)
 
 
 @pytest.mark.parametrize("spec", WRONG)

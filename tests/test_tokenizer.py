@@ -563,6 +563,18 @@ def test_special_tokens_that_the_config_alone_names(tmp_path):
     assert eos.eos_id == numbers[word] in eos.encode(f"a{word}") and eos.special_id(word) == eos.eos_id
 
 
+def test_padding_that_only_the_model_numbers_is_text(tmp_path):
+    """Of GPT's vocabulary 0 is "!", and pad_token_id is 0 where nobody set it."""
+    folder = write(tmp_path, "byte-level")
+    before = Tokenizer(folder)
+    at = next(i for i in range(300) if before.decode([i], False).isalpha())
+    letter = before.decode([at], False)
+    (folder / "config.json").write_text(json.dumps({"pad_token_id": at}))
+    after = Tokenizer(folder)
+    assert after.special_id(letter) is None
+    assert after.decode(after.encode(f"a{letter}b")) == f"a{letter}b"
+
+
 def test_an_add_bos_token_of_null_is_none(tmp_path):
     assert Tokenizer(write(tmp_path, add_bos_token=None)).add_bos == built().add_bos is True
 

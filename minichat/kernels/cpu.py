@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from minichat.console import say
 from minichat.errors import BadInput
-from minichat.files import cache_folder, staged, sync
+from minichat.files import cache_folder, sync
 from minichat.kernels import _sources
 from minichat.kernels import int4_reference as reference
 from minichat.kernels.int4_reference import Packed
@@ -198,9 +199,11 @@ def _build_and_load() -> ctypes.CDLL | None:
         _share_openmp()
         try:
             loaded = ctypes.CDLL(str(path))
-        except OSError:  # a file that was cut, or is of another machine
-            path.unlink()
-            loaded = ctypes.CDLL(str(_build()))
+        except OSError as first:  # a file that was cut, or is of another machine; or something else is wrong
+            try:
+                loaded = ctypes.CDLL(str(_build(anew=True)))
+            except (OSError, BadInput, subprocess.CalledProcessError):
+                raise first from None
     except (OSError, BadInput, subprocess.CalledProcessError) as error:
         why = getattr(error, "stderr", None) or str(error)
         why = next((line for line in why.splitlines() if "error" in line), why.strip()).strip()
@@ -220,7 +223,7 @@ def _build_and_load() -> ctypes.CDLL | None:
     return loaded
 
 
-def _build() -> Path:
+def _build(anew: bool = False) -> Path:
     """The compiled library's path in the cache; compiles it if it is not there.
 
     Raises OSError, CalledProcessError, and BadInput where the cache cannot be written.
@@ -233,11 +236,11 @@ def _build() -> Path:
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         # no compiler here, but perhaps there was one where the cache comes from (the build stage of a container)
-        if built := sorted(folder.glob(f"cpu-{source[:16]}-*.so")):
+        if not anew and (built := sorted(folder.glob(f"cpu-{source[:16]}-*.so"))):
             return built[0]
         raise
     path = folder / f"cpu-{source[:16]}-{_made_by(compiler, version)}.so"
-    if path.exists():
+    if path.exists() and not anew:
         return path
 
     def compile_to(out: Path, *arguments: str | Path) -> Path:
@@ -245,12 +248,18 @@ def _build() -> Path:
         subprocess.run(command, capture_output=True, text=True, check=True)
         return out
 
-    with staged(folder, last=path.name) as scratch, ThreadPoolExecutor() as pool:  # two processes may build at once
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=folder)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written: {error.strerror}") from None
+    with scratch, ThreadPoolExecutor() as pool:
+        inside = Path(scratch.name)
         say(f"compiling kernels/*_cpu.cpp (once, into {folder})")
-        objects = [*pool.map(lambda source: compile_to(scratch / f"{source.name}.o", "-c", source), SOURCES)]
-        sync(compile_to(scratch / path.name, *LINK, *objects))
-        for file in objects:
-            file.unlink()
+        objects = [*pool.map(lambda source: compile_to(inside / f"{source.name}.o", "-c", source), SOURCES)]
+        built = compile_to(inside / path.name, *LINK, *objects)
+        sync(built)
+        os.replace(built, path)  # whole or not at all, also when two processes build at once
     return path
 
 
