@@ -303,19 +303,20 @@ def _check(args) -> None:
 
 
 def _unweighted(flag: str, spec: str):
+    """The source that a flag names. Raises BadInput for one with a weight, which would be ignored."""
     from minichat import sources
 
     found = sources.find(spec)
     if found.weight:
-        raise BadInput(f"{flag} {spec}: weights are shares of what is learnt; here, all records count")
+        raise BadInput(f"{flag} {spec}: weights are for --data of train.py and dpo.py; here, all records count")
     return found
 
 
 def _questions(source: str) -> list[dict]:
     from minichat import sources
 
-    records, found = [], _unweighted("--data", source)
-    for where, record in sources.all_records(found):
+    records = []
+    for where, record in sources.all_records(_unweighted("--data", source)):
         if isinstance(record, BadInput):
             raise BadInput(f"{where}: {record}")
         if not isinstance(record.get("question"), str) or "answer" not in record:

@@ -310,6 +310,9 @@ def _swap(scratch: Path, folder: Path, last: str, stale: Sequence[str]) -> None:
     """Move the files of `scratch` into `folder`, and out of it what they replace and what is stale: all or nothing."""
     new = sorted((file.name for file in scratch.iterdir()), key=lambda name: name == last)
     old = {*new, *(file.name for pattern in stale for file in folder.glob(pattern))}
+    if len(new) == 1 and old == {*new}:  # no other has to go with it: others may read it all along, or write the same
+        os.replace(scratch / new[0], folder / new[0])
+        return
     old = sorted((folder / name for name in old), key=lambda file: file.name != last)
     aside = scratch / _OLD
     aside.mkdir()

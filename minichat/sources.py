@@ -169,8 +169,9 @@ def _download(name: str, repo: str, revision: str | None, inside: str) -> tuple[
     except BadInput:
         raise
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        hub = why(unreached or error)  # the former: why there was no other way than a copy
-        raise BadInput(f"--data {name}: no such file or folder here, and the hub gave none: {hub}") from None
+        raise BadInput(
+            f"--data {name}: no such file or folder here, and the hub gave none: {why(unreached or error)}"
+        ) from None
     return tuple(folder / file for file in files)
 
 
