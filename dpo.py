@@ -7,7 +7,7 @@ Records are recognised by their fields: {"prompt": …, "chosen": …, "rejected
 and "system" if there is one; "question" for "prompt"; or two whole conversations, {"chosen": [...], "rejected": [...]}.
 """
 
-from minichat import cli, formats
+from minichat import cli, formats, run_folder
 from minichat.errors import BadInput
 
 
@@ -29,7 +29,7 @@ def parse():
     group.add_argument("--reference", type=cli.source, metavar="SOURCE", help="another model as the reference (without "
                        "it: --model itself); its log-probs are computed once, before training")  # fmt: skip
     group.add_argument("--max-prompt-length", type=int, default=1024, help="tokens, longer ones lose their beginning")
-    cli.training_flags(parser, cli.RUNS["dpo"], lr=5e-5, warmup=0.1, batch_size=4, max_length=1536)
+    cli.training_flags(parser, run_folder.RUNS["dpo"], lr=5e-5, warmup=0.1, batch_size=4, max_length=1536)
     return cli.parse(parser, "dpo.args")
 
 

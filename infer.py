@@ -58,7 +58,7 @@ def main() -> None:
         raise BadInput("--file is empty; give it a file, or - for standard input")
     for name in ("max_new_tokens", "max_length", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
-            raise BadInput(f"{flags([name])} is {value}; it must be 1 or more")
+            raise BadInput(f"{cli.flag(name)} is {value}; it must be 1 or more")
     if sys.stdout is None:
         raise BadInput("standard output is closed; answers go there")
     prompts = read_prompts(args)
@@ -90,7 +90,7 @@ def main() -> None:
 
 def flags(names) -> str:
     """Names of arguments as the user types them."""
-    return ", ".join("--" + name.replace("_", "-") for name in sorted(names))
+    return ", ".join(map(cli.flag, sorted(names)))
 
 
 def read_prompts(args) -> list[tuple[str, str]] | None:

@@ -9,7 +9,7 @@ Records are recognised by their fields: {"messages": [{"role": …, "content": �
 …}, {"question": …, "response": …, "system_prompt": …} or {"text": …}.
 """
 
-from minichat import cli, formats
+from minichat import cli, formats, run_folder
 from minichat.errors import BadInput
 
 
@@ -25,7 +25,7 @@ def parse():
                        "which sees another; --batch-size counts rows then")  # fmt: skip
     group.add_argument("--max-prompt-length", type=int, help="tokens before the first answer, longer ones lose their "
                        "beginning (without it: only --max-length counts)")  # fmt: skip
-    cli.training_flags(parser, cli.RUNS["sft"], lr=1e-4, warmup=0.03, batch_size=8, max_length=2048)
+    cli.training_flags(parser, run_folder.RUNS["sft"], lr=1e-4, warmup=0.03, batch_size=8, max_length=2048)
     return cli.parse(parser, "sft.args")
 
 

@@ -5,32 +5,23 @@ import atexit
 import difflib
 import errno
 import importlib.util
-import json
 import math
 import os
-import platform
 import re
-import secrets
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from minichat import sources
+from minichat import run_folder, sources
 from minichat.console import say
 from minichat.errors import BadInput
-from minichat.version import __version__
+from minichat.run_folder import RUNS
 
 BASE = Path(__file__).parent / "assets" / "base"  # the embedded default
-RUNS = {"sft": Path("runs/sft"), "dpo": Path("runs/dpo")}
-REPLACED = "replaced-run"  # where --overwrite keeps the old run until the new one is saved
 REQUIRED = ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "jinja2", "tqdm")
-WRITES = ("config.json", "metrics.jsonl", "loss.png", "data.jsonl", "bad-records.txt", "checkpoints",
-          "tensorboard", "wandb")  # of a run  # fmt: skip
-RESULTS = {"adapter": "adapter_config.json", "model": "config.json"}  # of a run: a folder, and what is in every such
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -274,18 +265,23 @@ def training_flags(parser: Parser, out: Path, lr: float, warmup: float, batch_si
                        "(without it: as trained)")  # fmt: skip
 
 
+def flag(name: str) -> str:
+    """The name of an argument as the user types it."""
+    return "--" + name.replace("_", "-")
+
+
 def check_training(args: argparse.Namespace) -> None:
     """Raise BadInput for flags that make no run, before anything is loaded or written."""
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be a finite number")
+            raise BadInput(f"{flag(name)} is {value}; it must be a finite number")
     positive = ("batch_size", "accumulate", "epochs", "log_every", "max_length", "lr", "keep", "eps", "lora_alpha")
     for name in positive:
         if not getattr(args, name) > 0:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be positive")
+            raise BadInput(f"{flag(name)} is {getattr(args, name)}; it must be positive")
     for name in ("warmup", "clip", "weight_decay", "eval_every", "save_every"):
         if getattr(args, name) < 0:
-            raise BadInput(f"--{name.replace('_', '-')} is {getattr(args, name)}; it cannot be negative")
+            raise BadInput(f"{flag(name)} is {getattr(args, name)}; it cannot be negative")
     if not all(0 <= beta < 1 for beta in args.betas):
         raise BadInput(f"--betas are {args.betas[0]} and {args.betas[1]}; both must be 0 or more and below 1")
     if args.steps is not None and args.steps < 1:
@@ -315,39 +311,17 @@ def check_training(args: argparse.Namespace) -> None:
         raise BadInput("--eval-split and --eval-data: one of them says what to evaluate on")
     for name in ("memory_budget", "tflops"):
         if (value := getattr(args, name)) is not None and not value > 0:
-            raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be positive")
+            raise BadInput(f"{flag(name)} is {value}; it must be positive")
     if args.memory_budget and args.gradient_checkpointing:
         raise BadInput("--memory-budget chooses what --gradient-checkpointing says; leave one of them out")
     if not args.plan:
-        check_run_folder(args)
+        run_folder.check(args)
 
 
 def check_prompt_length(args: argparse.Namespace) -> None:
     """Raise BadInput where --max-prompt-length is not between 0 and --max-length; None is no limit."""
     if args.max_prompt_length is not None and not 0 < args.max_prompt_length < args.max_length:
         raise BadInput(f"--max-prompt-length {args.max_prompt_length} leaves no room for answers in {args.max_length}")
-
-
-def check_run_folder(args: argparse.Namespace) -> None:
-    """Raise BadInput if --out cannot take this run; end here if it holds its result."""
-    if args.out.exists() and not args.out.is_dir():
-        raise BadInput(f"--out {args.out} is a file; it takes a folder")
-    if args.resume and args.overwrite:
-        raise BadInput("--resume goes on with the run that --overwrite replaces: one of them")
-    is_run = (args.out / "metrics.jsonl").exists()
-    if args.resume and is_run and any((args.out / kind / last).exists() for kind, last in RESULTS.items()):
-        further = f"--model {args.out} --out ANOTHER"
-        say(f"the run in {args.out} is done: nothing to resume; train further: {further}")
-        sys.exit(0)
-    if int(os.environ.get("RANK") or 0):  # of several processes the first one looks, and may have begun already
-        return
-    if is_run and not (args.overwrite or args.resume):
-        raise BadInput(
-            f"--out {args.out} holds a run already; choose another folder, --overwrite, or --resume if it was stopped"
-        )
-    for name in (*WRITES, *RESULTS):
-        if not is_run and (args.out / name).exists():
-            raise BadInput(f"--out {args.out} holds {name}, which is not of a run; choose another folder")
 
 
 def parse(parser: Parser, embedded: str) -> argparse.Namespace:
@@ -363,7 +337,7 @@ def parse(parser: Parser, embedded: str) -> argparse.Namespace:
 def default_model(*runs: str) -> Path:
     """The last of the default runs that was finished, else the embedded base."""
     for run in runs:
-        if any((RUNS[run] / kind / last).exists() for kind, last in RESULTS.items()):
+        if run_folder.finished(RUNS[run]):
             return RUNS[run]
         if (RUNS[run] / "metrics.jsonl").exists():
             say(f"{RUNS[run]} did not finish and holds no model: passed over")
@@ -371,63 +345,6 @@ def default_model(*runs: str) -> Path:
         missing = " or ".join(str(RUNS[run]) for run in runs)
         say(f"no finished {missing} here: the embedded base")
     return BASE
-
-
-def start_run(args: argparse.Namespace) -> None:
-    """Make the run folder and its config.json: flags, versions and commit.
-
-    An earlier run in it is moved to replaced-run/ until this one has saved its result: one that fails loses nothing.
-    """
-    import torch
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    was_run = (args.out / "metrics.jsonl").exists()
-    aside = args.out / REPLACED
-    # an old run is there still: the one after it failed, and what that left goes
-    failed = (aside / "metrics.jsonl").exists()
-    for name in (*WRITES, *RESULTS):
-        old = args.out / name
-        if not was_run or not old.exists():
-            continue
-        if failed:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            if not aside.exists():
-                say(f"the old run is kept in {aside} until this one is done")
-            aside.mkdir(exist_ok=True)
-            old.rename(aside / name)
-    (args.out / "metrics.jsonl").touch()  # by it the folder is known as a run's, from its first file on
-    content = {
-        "id": secrets.token_hex(8),
-        "minichat": __version__,
-        "commit": _commit(),
-        "command": shlex.join(sys.argv),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()} {os.cpu_count()} CPUs",
-        "flags": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-    }
-    (args.out / "config.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def end_run(args: argparse.Namespace) -> None:
-    """The run has its result: what it replaces is no longer needed."""
-    aside = args.out / REPLACED
-    if (aside / "metrics.jsonl").exists():
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with + where it is changed; None for an installed package."""
-    if not (Path(__file__).parents[1] / ".git").exists():  # git would find that of whoever installed it
-        return None
-    try:
-        say = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 5, "check": True}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **say).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **say).stdout.strip()
-        return commit + "+" * bool(changed)
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def torch_dtype(name: str | None):

@@ -12,7 +12,7 @@ import torch
 
 from minichat import chat, device, generation
 from minichat.console import plural, say
-from minichat.errors import BadInput
+from minichat.errors import BadInput, within
 from minichat.generation import Answer, Sampling
 from minichat.model import Mistral
 from minichat.tokenizer import Tokenizer
@@ -66,10 +66,8 @@ class Talk:
         """
         rendered = []
         for where, prompt in prompts:
-            try:
+            with within(where):
                 rendered.append(self.ids(self.messages(prompt)))
-            except BadInput as error:
-                raise BadInput(f"{where}: {error}") from None
         for start in range(0, len(prompts), self.args.batch_size):
             batch = rendered[start : start + self.args.batch_size]
             alone = len(prompts) == 1 and not self.args.json

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from minichat.console import say
-from minichat.errors import BadInput
+from minichat.errors import BadInput, brief
 
 GIB = 1 << 30
 
@@ -134,10 +134,9 @@ def compiler(device: torch.device, backend: str = "inductor") -> Callable[[Calla
     try:
         torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(2, device=device))
     except Exception as error:  # no C++ compiler, no Python.h, no Triton, …: each is another kind of error
-        why = " ".join(str(error).split())[:200] or type(error).__name__
         needs = "triton" if device.type == "cuda" else "a C++ compiler (g++) and Python's headers"
         raise BadInput(
-            f"--compile: torch cannot compile for {device} ({why}); it needs {needs}; or leave it out"
+            f"--compile: torch cannot compile for {device} ({brief(error)}); it needs {needs}; or leave it out"
         ) from None
 
     return functools.partial(compiled_for_lengths, backend=backend)
@@ -257,8 +256,7 @@ def one_kernel(function: Callable, device: torch.device, trial: Callable[[Callab
     try:
         trial(compiled)
     except Exception as error:  # each is another kind of error
-        why = " ".join(str(error).split())[:200] or type(error).__name__
-        say(f"warning: packed rows go document by document, which is slower: {why}")
+        say(f"warning: packed rows go document by document, which is slower: {brief(error)}")
         return None
     return compiled
 

@@ -1,7 +1,8 @@
 """The one exception for bad input: scripts print it as one line and exit with code 2."""
 
 import re
-import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class BadInput(ValueError):
@@ -17,10 +18,24 @@ class BadInput(ValueError):
         super().__init__(re.sub(unprintable, lambda match: ascii(match[0])[1:-1], message))
 
 
+@contextmanager
+def within(where: object) -> Iterator[None]:
+    """What is wrong inside, with `where` before it."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from None
+
+
+def brief(error: BaseException) -> str:
+    """What an error of another library says, for a part of one line; its kind where it says nothing."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= 200 else f"{said[:200]} …"
+
+
 def why(error: BaseException) -> str:
     """What went wrong with the hub, in a few words: what the system said, where it lies at the bottom of the error."""
     root = error
     while (below := root.__cause__ or root.__context__) is not None:
         root = below
-    said = root.strerror if isinstance(root, OSError) and root.strerror else str(error) or type(error).__name__
-    return textwrap.shorten(said, 200, placeholder=" …")
+    return root.strerror if isinstance(root, OSError) and root.strerror else brief(error)

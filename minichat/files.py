@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from minichat.errors import BadInput
+from minichat.errors import BadInput, brief
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is not JSON ({str(error)[:200]}); download it again") from None
+        raise BadInput(f"{path} is not JSON ({brief(error)}); download it again") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path} holds a {type(value).__name__}, not an object; download it again")
     return value

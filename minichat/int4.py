@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minichat import kernels
-from minichat.errors import BadInput
+from minichat.errors import BadInput, within
 from minichat.kernels import int4_reference as reference
 from minichat.kernels.int4_reference import Packed
 from minichat.patterns import compiled
@@ -45,10 +45,8 @@ class Scheme:
         if not isinstance(self.group_size, int) or self.group_size < 32 or self.group_size % 32:
             raise BadInput(f"group size {self.group_size!r} is no multiple of 32; choose --group-size from 32, 64, 128")
         for pattern in self.skip:
-            try:
+            with within("skip"):
                 compiled(pattern.removeprefix("re:"))
-            except BadInput as error:
-                raise BadInput(f"skip: {error}") from None
 
     def __str__(self) -> str:
         name = "nf4" if self.nf4 else f"int{self.bits}"

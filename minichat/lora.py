@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from minichat import files
 from minichat.console import say
-from minichat.errors import BadInput
+from minichat.errors import BadInput, within
 from minichat.patterns import compiled
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -252,12 +252,10 @@ class Adapter:
     def _scale(self, name: str, rank: int) -> float:
         config = self.config
         for key in ("rank_pattern", "alpha_pattern"):
-            try:
+            with within(f"{self.folder / CONFIG}: {key}"):
+                if not isinstance(config.get(key) or {}, dict):
+                    raise BadInput("maps no names or expressions to numbers")
                 _overridden(config.get(key), name, None)
-            except AttributeError:
-                raise BadInput(f"{self.folder / CONFIG}: {key} maps no names or expressions to numbers") from None
-            except BadInput as error:
-                raise BadInput(f"{self.folder / CONFIG}: {key}: {error}") from None
         r = _overridden(config.get("rank_pattern"), name, config.get("r"))
         if r != rank:
             raise BadInput(f"{self.folder / WEIGHTS}: {name} has rank {rank}, but {CONFIG} says {r}")

@@ -26,6 +26,7 @@ from minichat import (
     lora,
     metrics,
     plan,
+    run_folder,
     sources,
     store,
     training,
@@ -78,7 +79,7 @@ def check_out(args: argparse.Namespace) -> None:
             raise BadInput(f"--out {args.out} holds {used}, which this run starts from; choose another folder")
     specs = [*(args.data or ()), *(args.eval_data or ())]
     read = {file.resolve() for spec in specs for file in sources.find(spec).files}
-    for name in cli.WRITES:  # a run writes these, and replaces its own
+    for name in run_folder.WRITES:  # a run writes these, and replaces its own
         if (args.out / name).resolve() in read:
             raise BadInput(f"{args.out / name} is where this run writes its own; choose another --out")
 
@@ -148,10 +149,7 @@ def train(
         raise BadInput(f"--resume: the processes see different checkpoints in {args.out}; they need one disk for all")
     if found and (other := checkpoint.differences(run, found[-1][1]["run"])):
         raise BadInput(f"--resume: not the run in {args.out}: {'; '.join(other)}; resume it as it was, or --overwrite")
-    same = {f.name: getattr(args, f.name) for f in fields(training.Settings) if f.name in args}
-    pack = args.max_length if getattr(args, "pack", False) else None
-    changed = {"betas": tuple(args.betas), "pack": pack, "offload": args.offload_optimizer}
-    settings = training.Settings(**{**same, **changed})
+    settings = settings_of(args)
     asked = what == "dpo" and (args.full or args.precompute_reference or args.reference)
     referenced = asked and not args.reference_free
     if args.plan or args.tflops or args.memory_budget:
@@ -166,10 +164,7 @@ def train(
     several = f" in {distributed.world()} processes" if distributed.world() > 1 else ""
     say(f"{trained:,} weights train on {model.device}{several}, {plural(total, 'step')}")
     if settings.pack:
-        known = items.lengths()
-        rows = [row for step in training.order(items, settings, 0) for batch in step for row in batch]
-        share = sum(known[i] for row in rows for i in row) / (len(rows) * settings.pack)
-        say(f"packed: {len(rows):,} rows of {settings.pack} tokens, {share:.1%} of them used")
+        say_packed(items, settings)
     if args.resume:
         say(f"resumed after step {found[-1][1]['step']}" if found else f"no checkpoint in {args.out}: from step 1")
     first = distributed.rank() == 0  # which alone writes
@@ -201,23 +196,44 @@ def train(
                 for begun in args.out.glob(f"*/{files.PART}*"):  # by a save that was killed
                     shutil.rmtree(begun, ignore_errors=True)
                 save(args.out)  # still here: what would stop the run now waits for it
-                cli.end_run(args)
+                run_folder.end(args)
         world = distributed.world()
         distributed.stop()
         if first:
             draw(args.out)
         if args.compile and last:  # nothing where --resume had nothing left to do
             say(f"compiled: {last['graphs']} graphs, {last['recompiled']} of them after the first step")
-        if args.tflops and last:
-            rate = tokens_per_s(metrics.read(args.out)) if first else last["tokens_per_s"]
-            share = rate * useful / args.tflops / world / 1e12
-            held = f"{device.peak_memory_gib(model.device):.2f} GiB" + " of the process" * (model.device.type == "cpu")
-            say(
-                f"measured: {rate:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; "
-                f"peak {held}, planned {plan.number(planned.peak / plan.GIB)} GiB of tensors"
-            )
+        if args.tflops and last and first:
+            say_measured(args, model, planned, useful, world)
         if args.emulate != "meta":  # which has kept nothing
             say(f"done: {args.out}; talk to it: python infer.py --model {args.out}")
+
+
+def settings_of(args: argparse.Namespace) -> training.Settings:
+    """The loop's settings: those flags that are called as they are, and three that are not."""
+    same = {f.name: getattr(args, f.name) for f in fields(training.Settings) if f.name in args}
+    pack = args.max_length if getattr(args, "pack", False) else None
+    changed = {"betas": tuple(args.betas), "pack": pack, "offload": args.offload_optimizer}
+    return training.Settings(**{**same, **changed})
+
+
+def say_packed(items: data.Mix, settings: training.Settings) -> None:
+    """How full the rows of the first epoch are."""
+    known = items.lengths()
+    rows = [row for step in training.order(items, settings, 0) for batch in step for row in batch]
+    share = sum(known[i] for row in rows for i in row) / (len(rows) * settings.pack)
+    say(f"packed: {len(rows):,} rows of {settings.pack} tokens, {share:.1%} of them used")
+
+
+def say_measured(args: argparse.Namespace, model: Mistral, planned: plan.Plan, useful: float, processes: int) -> None:
+    """What the run made of --tflops, and of the memory that was planned."""
+    rate = tokens_per_s(metrics.read(args.out))
+    share = rate * useful / args.tflops / processes / 1e12
+    held = f"{device.peak_memory_gib(model.device):.2f} GiB" + " of the process" * (model.device.type == "cpu")
+    say(
+        f"measured: {rate:,.0f} tokens/s, {share:.1%} of {args.tflops:g} TFLOP/s; "
+        f"peak {held}, planned {plan.number(planned.peak / plan.GIB)} GiB of tensors"
+    )
 
 
 def tokens_per_s(lines: Sequence[dict]) -> float:
@@ -230,9 +246,9 @@ def tokens_per_s(lines: Sequence[dict]) -> float:
 
 def begin(args: argparse.Namespace, what: str, resumes: bool, bad: Sequence[str]) -> None:
     """The run folder's first files."""
-    cli.check_run_folder(args)  # again, now that no other run can begin in it
+    run_folder.check(args)  # again, now that no other run can begin in it
     if not resumes:
-        cli.start_run(args)
+        run_folder.start(args)
     if args.data is None:
         sums.write(*EMBEDDED[what], args.seed, args.out / "data.jsonl")
     if bad:
@@ -353,7 +369,7 @@ def make_plan(
 
 def describe_run(args: argparse.Namespace, model: Mistral, encoder: Sft | Dpo, parts: dict[str, list]) -> dict:
     """What decides a run's numbers: a run that resumes with anything else would not be the same."""
-    flags = {"--" + name.replace("_", "-"): value for name, value in vars(args).items() if name not in NOT_DECIDING}
+    flags = {cli.flag(name): value for name, value in vars(args).items() if name not in NOT_DECIDING}
     text = hashlib.sha256(f"{encoder.tokenizer.fingerprint} {encoder.template}".encode()).hexdigest()[:16]
     for name in ("adapter", "reference"):  # the folder may hold another by now
         if (source := getattr(args, name, None)) and not args.plan:

@@ -24,7 +24,7 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from minichat.errors import BadInput
+from minichat.errors import BadInput, brief
 
 _CPU_SECONDS = 1.0
 _BUDGET = 1 << 26  # characters and list items that one rendering may make
@@ -115,9 +115,10 @@ def _compile(template: str, metered: bool) -> jinja2.Template:
 
 
 def _bad(template: str, error: Exception) -> BadInput:
-    why = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
     line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-    return BadInput(f"chat template {short(template)} failed{line}: {why}; mend it, or choose a built-in --template")
+    return BadInput(
+        f"chat template {short(template)} failed{line}: {brief(error)}; mend it, or choose a built-in --template"
+    )
 
 
 def _start_meter(metered: bool) -> None:

@@ -5,14 +5,13 @@ import fnmatch
 import gzip
 import json
 import re
-import textwrap
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from minichat.console import say
-from minichat.errors import BadInput, why
+from minichat.errors import BadInput, brief, why
 
 SUFFIXES = (".jsonl.gz", ".jsonl", ".json.gz", ".json", ".parquet")  # the longer of two first
 # what lies beside data in data sets and is none
@@ -223,7 +222,7 @@ def parse(value: object) -> dict | BadInput:
         except json.JSONDecodeError as error:  # its own line number would be that inside the record's line
             return BadInput(f"not JSON: {error.msg} at character {error.pos + 1}; one object a line")
         except (ValueError, RecursionError) as error:
-            return BadInput(f"not JSON: {str(error)[:200]}")
+            return BadInput(f"not JSON: {brief(error)}")
     return value if isinstance(value, dict) else BadInput(f"a {type(value).__name__}, not an object")
 
 
@@ -313,5 +312,4 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict, int]]:
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # the system's own, not pyarrow's word for bad bytes
             raise
-        said = textwrap.shorten(str(error), 200, placeholder=" …")
-        raise BadInput(f"{path} is not Parquet, or corrupt ({said}); fetch it again") from None
+        raise BadInput(f"{path} is not Parquet, or corrupt ({brief(error)}); fetch it again") from None

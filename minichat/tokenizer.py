@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from minichat import words
-from minichat.errors import BadInput
+from minichat.errors import BadInput, brief
 from minichat.files import read_json, write_json
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -430,8 +430,7 @@ def _refused(folder: Path) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise BadInput(f"{folder / 'tokenizer.json'} is not a tokenizer ({why}); download it again") from error
+        raise BadInput(f"{folder / 'tokenizer.json'} is not a tokenizer ({brief(error)}); download it again") from error
 
 
 def _is_text(value: object) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from minichat import device as devices
 from minichat import int4 as quant
 from minichat.console import say
-from minichat.errors import BadInput, why
+from minichat.errors import BadInput, why, within
 from minichat.files import fingerprint, read_json, staged, write_json, write_tensors
 from minichat.lora import (
     CONFIG,
@@ -213,18 +213,14 @@ class Shards:
 
 def read_config(folder: Path) -> Config:
     """config.json as a Config; BadInput names the file."""
-    try:
+    with within(folder):
         return Config.from_dict(read_json(folder / "config.json"))
-    except BadInput as error:
-        raise BadInput(f"{folder}: {error}") from None
 
 
 def read_scheme(folder: Path) -> quant.Scheme | None:
     """How the folder's weights are quantised, None if they are not; BadInput names the folder."""
-    try:
+    with within(folder):
         return quant.parse_quantization_config(read_json(folder / "config.json").get("quantization_config"))
-    except BadInput as error:
-        raise BadInput(f"{folder}: {error}") from None
 
 
 def wanted_scheme(folder: Path, int4: bool | quant.Scheme) -> quant.Scheme | None:
@@ -346,10 +342,8 @@ def _fill(model: Mistral, shards: Shards, where, dtype, packed, scheme, adapters
     """Read every tensor of the model, each cast and placed once."""
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if scheme is not None:
-        try:
+        with within(shards.folder):
             quant.check(linears, scheme)
-        except BadInput as error:
-            raise BadInput(f"{shards.folder}: {error}") from None
     names = list(model.state_dict(keep_vars=True))
     tied = model.config.tie_word_embeddings
     left = {n for n in shards.files if not n.endswith("rotary_emb.inv_freq")}  # a buffer of old Llama checkpoints
@@ -371,11 +365,8 @@ def _fill(model: Mistral, shards: Shards, where, dtype, packed, scheme, adapters
             keys = [k for k in quant.KEYS if f"{owner_name}.{k}" in shards.files]
             tensors = {key: shards.read(f"{owner_name}.{key}") for key in keys}
             left -= {f"{owner_name}.{key}" for key in keys}
-            try:
+            with within(f"{shards.folder / shards.files[f'{owner_name}.weight_packed']}: {owner_name}"):
                 new = quant.from_tensors(tensors, (owner.out_features, owner.in_features), packed, where)
-            except BadInput as error:
-                file = shards.folder / shards.files[f"{owner_name}.weight_packed"]
-                raise BadInput(f"{file}: {owner_name}: {error}") from None
             _put(model, owner_name, new)
             devices.release_host_memory()
             continue

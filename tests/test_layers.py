@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "minichat"
 
 LAYERS = [
     {"console", "errors", "version"},
-    {"device", "files", "formats", "patterns", "sources", "speculation", "words"},
+    {"device", "files", "formats", "patterns", "run_folder", "sources", "speculation", "words"},
     {
         "attention",
         "cache",

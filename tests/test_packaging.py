@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import minichat
-from minichat import cli
+from minichat import run_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +27,7 @@ sys.path += packages
 import kernels
 import minichat, torch
 from importlib.metadata import version
-from minichat import cli, int4
+from minichat import cli, int4, run_folder
 from minichat.kernels import cpu, int4_reference
 
 layer = int4.Int4Linear.from_weight(torch.randn(48, 64), int4.Scheme())
@@ -37,7 +37,7 @@ model, tokenizer = minichat.load(cli.BASE, int4=True)
 [ids] = minichat.generate(model, [tokenizer.encode("1 + 1 =")], 3, stop_ids=())
 files = [minichat.__file__, *cpu.SOURCES, int4_reference.__file__, *cli.BASE.parent.glob("*.args")]
 print(json.dumps(dict(other=kernels.whose, version=version("minichat") if len(sys.argv) > 2 else "", error=error,
-    new=len(ids), commit=cli._commit(), files=[str(f) for f in files], there=cpu.SOURCES[0].is_file())))
+    new=len(ids), commit=run_folder._commit(), files=[str(f) for f in files], there=cpu.SOURCES[0].is_file())))
 """
 
 
@@ -118,10 +118,10 @@ def test_installed_beside_the_other_kernels(way, clone, wheel, tmp_path):
 
 def test_the_commit_is_the_checkouts():
     if not (ROOT / ".git").exists():
-        assert cli._commit() is None
+        assert run_folder._commit() is None
         return
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert head.startswith(cli._commit().removesuffix("+"))
+    assert head.startswith(run_folder._commit().removesuffix("+"))
 
 
 def test_every_file_is_python_3_10():

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 from minichat.console import say
-from minichat.errors import BadInput
+from minichat.errors import BadInput, brief
 
 _here = Path(__file__).parent
 _sources = _here / "src" if (_here / "src").is_dir() else _here.parents[1] / "kernels"
@@ -61,7 +61,7 @@ def _has_triton(device: torch.device) -> bool:
         try:
             named("int4_triton").try_out(device)
         except Exception as error:  # each is another kind of error
-            why = " ".join(str(error).split())[:200] or type(error).__name__
+            why = brief(error)
     if why:
         say(f"no CUDA kernel, so INT4 and decoding run on the slow reference: {why}")
     return why is None
