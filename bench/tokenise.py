@@ -94,7 +94,7 @@ def work(what: str, data: Path, folder: Path) -> dict:
         from minichat import formats
 
         for _, record in sources.records(data):
-            texts.append(chat._text(formats.read(record, formats.CHATS), template, tokenizer, False)[0])
+            texts.append(chat.text(formats.read(record, formats.CHATS), template, tokenizer, False))
             if len(texts) == 4000:
                 encode()
         encode()

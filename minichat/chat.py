@@ -6,7 +6,6 @@ with {% generation %}…{% endgeneration %} round what the assistant says. Ours 
 
 import functools
 import os
-import re
 from bisect import bisect_left, bisect_right
 from pathlib import Path
 
@@ -135,7 +134,6 @@ _BUILT_IN = {
     "none": _BOS + _NONE,
 }
 _OURS = frozenset([*_BUILT_IN.values(), _NONE])
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 def names() -> list[str]:
@@ -181,7 +179,9 @@ def render(
     if learn not in ("assistant", "all"):
         raise BadInput(f"learn is {learn!r}; choose assistant or all")
     jinja = template_text(template, tokenizer)
-    text, spans, cuts = _layout(_checked(messages), jinja, tokenizer, add_generation_prompt)
+    text, spans, cuts = sandbox.layout(
+        _checked(messages), jinja, tokenizer.special_tokens, add_generation_prompt, jinja in _OURS
+    )
     if spans is None and learn == "assistant":
         raise BadInput(
             f"template {short(template)} cannot be masked by construction: a conversation's text does not begin with "
@@ -207,7 +207,8 @@ def prompt_ids(messages: list[Message], template: str, tokenizer: Tokenizer) -> 
 
 def text(messages: list[Message], template: str, tokenizer: Tokenizer, add_generation_prompt: bool) -> str:
     """A conversation as a template writes it, before it is tokenised."""
-    return _text(_checked(messages), template_text(template, tokenizer), tokenizer, add_generation_prompt)[0]
+    jinja = template_text(template, tokenizer)
+    return sandbox.text(_checked(messages), jinja, tokenizer.special_tokens, add_generation_prompt, jinja in _OURS)
 
 
 def stops(template: str, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -220,7 +221,7 @@ def stops(template: str, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[s
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": said}]
     for messages in (turn, [{"role": "system", "content": "a"}, *turn]):  # some want a system message, some none
         try:
-            text, spans, _ = _layout(messages, jinja, tokenizer, False)
+            text, spans, _ = sandbox.layout(messages, jinja, tokenizer.special_tokens, False, jinja in _OURS)
         except BadInput:
             continue
         end = text[slice(*spans[-1])].rpartition(said)[2].strip() if spans else ""
@@ -245,65 +246,6 @@ def _checked(messages: list[Message]) -> list[Message]:
     return plain
 
 
-def _layout(
-    messages: list[Message], template: str, tokenizer: Tokenizer, add_generation_prompt: bool
-) -> tuple[str, list[tuple[int, int]] | None, list[int]]:
-    """The text of a conversation, the spans in it that the assistant says, None if that cannot be told, and the
-    character offsets where tokenisation is cut: the ends of each span and of each prompt, ascending."""
-    text, spans = _text(messages, template, tokenizer, add_generation_prompt)
-    if template in _OURS:  # they end a prompt where the span of its answer begins
-        return text, spans, sorted({cut for span in spans for cut in span})
-
-    # A prompt's own cuts, and none but those, may come before its end: a span that begins inside it is cut off there.
-    tagged = _GENERATION_TAG.search(template) is not None
-    cuts: set[int] = set()
-    found: list[tuple[int, int]] = []
-    whole = True
-    asked = 0  # where the latest prompt ends
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if i == 0:  # there is no prompt to be the beginning of anything
-            whole = whole and tagged
-            continue
-        prompt, inner = _text(messages[:i], template, tokenizer, True)
-        if not text.startswith(prompt):
-            whole = False
-            continue
-        cuts.update(cut for span in inner for cut in span if cut > asked)
-        asked = len(prompt)
-        cuts.add(asked)
-        if tagged:
-            continue
-        is_all = i == len(messages) - 1 and not add_generation_prompt
-        longer = text if is_all else _text(messages[: i + 1], template, tokenizer, False)[0]
-        if not (longer.startswith(prompt) and text.startswith(longer)):
-            whole = False
-            continue
-        end = asked + len(_said(longer[asked:], message["content"]))
-        cuts.add(end)
-        found.append((asked, end))
-    cuts.update(cut for span in spans for cut in span if cut > asked)
-    return text, (spans if tagged else found) if whole else None, sorted(cuts)
-
-
-def _said(answer: str, content: str) -> str:
-    """An answer as a template without generation tags writes it, up to its end token."""
-    trimmed = answer.rstrip()
-    content = content.rstrip()
-    # where nothing but white space follows the content, white space is the only end there is to learn
-    return answer if not trimmed or content and trimmed.endswith(content) else trimmed
-
-
 @functools.lru_cache
 def _read(path: str, mtime_ns: int) -> str:
     return Path(path).read_text(encoding="utf-8-sig")
-
-
-def _text(
-    messages: list[Message], template: str, tokenizer: Tokenizer, add_generation_prompt: bool
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text that a template makes of messages, and the spans inside its generation tags."""
-    variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, **tokenizer.special_tokens}
-    # ours go over the messages once, and nothing in a message is run: they need no meter
-    return sandbox.render(template, variables, metered=template not in _OURS)

@@ -1,14 +1,18 @@
 """Messages to ids and mask: against transformers, and what must hold whatever is written in a message or a template."""
 
 import json
+import os
+import signal
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tokenizer import built, texts, write
 
-from minichat import chat
+from minichat import chat, sandbox
 from minichat.errors import BadInput
 from minichat.tokenizer import Tokenizer
 
@@ -90,7 +94,7 @@ def learnt(messages, template, tokenizer=None):
 
 def text_of(messages, template, add_generation_prompt=False):
     tokenizer = built()
-    return chat._layout(messages, chat.template_text(template, tokenizer), tokenizer, add_generation_prompt)[0]
+    return chat.text(messages, template, tokenizer, add_generation_prompt)
 
 
 # ---- the built-in templates
@@ -401,7 +405,6 @@ HOSTILE = {
     "deep syntax": "{{ " + "(" * 40000 + "1" + ")" * 40000 + " }}",
     "long syntax": "{{ " + "1+" * 40000 + "1 }}",
     "many loops": ROUND * 30 + END * 30,
-    "size": "x" * 200000 + "{{ 1 }}",
     "undefined": "{{ tools.a.b }}",
     "raise": "{{ raise_exception('two\nlines') }}",
     "type": "{{ messages + 1 }}",
@@ -409,10 +412,9 @@ HOSTILE = {
     "include": "{% include '/etc/passwd' %}",
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "class by filter": "{{ messages | map(attribute='__class__') | map(attribute='__mro__') | list | first | list }}",
-    "attr filter": "{{ messages | attr('__class__') }}",
+    "attr filter": "{{ (messages | attr('__class__')).x }}",
     "globals": "{{ raise_exception.__globals__['os'] }}",
     "dict.mro": "{{ dict.mro()() }}",
-    "namespace": "{% set ns = namespace() %}{% set ns.__class__ = 1 %}",
     "change": "{{ messages.append(1) }}",
     "times": "{{ 'a' * 10**10 }}",
     "times list": "{{ [0] * 10**10 }}",
@@ -475,12 +477,45 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates(name):
     resource = pytest.importorskip("resource")
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with pytest.raises(BadInput) as caught:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadInput, match="^chat template .*; mend it, or choose a built-in --template$") as caught:
         chat.render([HELLO], HOSTILE[name], built())
-    assert time.process_time() - started < 5
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    waited = resource.getrusage(resource.RUSAGE_CHILDREN)
+    sandbox._end()
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.ru_utime + ended.ru_stime - waited.ru_utime - waited.ru_stime < 5
+    assert ended.ru_maxrss < max(waited.ru_maxrss, 1 << 20)
+    assert text_of([HELLO], "{{ messages[0].content }}") == HELLO["content"]  # the next one is rendered
+
+
+def test_an_interrupted_rendering_is_not_the_next_ones_answer():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    assert text_of([HELLO], "{{ 1 }}") == "1"  # the process is there
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            text_of([HELLO], HOSTILE["rounds"])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert text_of([HELLO], "{{ 2 }}") == "2"
+
+
+def test_threads_and_forks_get_their_own_answers():
+    numbers = [*range(200)]
+    with ThreadPoolExecutor(4) as threads:
+        assert [*threads.map(lambda n: text_of([HELLO], f"{{{{ {n} }}}}"), numbers)] == [str(n) for n in numbers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has threads, which Python tells of
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if text_of([HELLO], "{{ 'child' }}") == "child" else 1)
+    assert text_of([HELLO], "{{ 'parent' }}") == "parent"
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_long_conversation_is_no_hostile_template():
