@@ -9,7 +9,7 @@ Symmetric weights have no zero tensor: zero is the middle, 8 or 128. A kernel is
 below (`pack` ... `quantize`); each may lay the tensors of `Packed` out as its device likes, and `unpack` is exact.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -59,15 +59,27 @@ def unpack(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The weight, (N, K): computed in fp32 and rounded once to `dtype`."""
-    shape = packed.out_features, packed.in_features
-    weight = torch.empty(shape, dtype=dtype, device=packed.codes.device)
     shifts = torch.arange(0, 32, packed.bits, dtype=torch.int32, device=packed.codes.device)
     middle = 1 << (packed.bits - 1)
-    for rows in chunks(*shape):
+
+    def some(rows: slice) -> Tensor:
         q = (packed.codes[rows].unsqueeze(-1) >> shifts) & ((1 << packed.bits) - 1)  # (n, words, codes per word)
         q = q.view(q.shape[0], -1, packed.group_size)  # (n, K / G, G)
         zero = middle if packed.zero is None else packed.zero[rows].unsqueeze(-1).to(torch.int32)
-        weight[rows] = ((q - zero).float() * packed.scale[rows].unsqueeze(-1).float()).flatten(1)
+        return ((q - zero).float() * packed.scale[rows].unsqueeze(-1).float()).flatten(1)
+
+    return in_chunks(some, packed, dtype)
+
+
+def in_chunks(some: Callable[[slice], Tensor], packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The weight of which `some` gives rows: CHUNK weights at a time, or on an HPU all at once. There writing into a
+    part of a tensor copies all of it, and is not supported in an HPU graph."""
+    where = packed.codes.device
+    if where.type == "hpu":
+        return some(slice(None)).to(dtype)
+    weight = torch.empty(packed.out_features, packed.in_features, dtype=dtype, device=where)
+    for rows in chunks(*weight.shape):
+        weight[rows] = some(rows)
     return weight
 
 

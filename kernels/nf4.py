@@ -48,14 +48,14 @@ def pairs_of_bytes(device: torch.device) -> Tensor:
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     """The weight, (N, K): computed in fp32 and rounded once to `dtype`."""
-    shape, where = (packed.out_features, packed.in_features), packed.codes.device
-    weight = torch.empty(shape, dtype=dtype, device=where)
-    pairs = pairs_of_bytes(where)
-    for rows in reference.chunks(*shape):
+    pairs = pairs_of_bytes(packed.codes.device)
+
+    def some(rows: slice) -> Tensor:
         found = pairs.index_select(0, packed.codes[rows].flatten().to(torch.int32))  # (n * K / 2, 2)
-        groups = found.view(-1, shape[1] // packed.group_size, packed.group_size)
-        weight[rows] = (groups * packed.scale[rows].unsqueeze(-1)).flatten(1)
-    return weight
+        groups = found.view(-1, packed.in_features // packed.group_size, packed.group_size)
+        return (groups * packed.scale[rows].unsqueeze(-1)).flatten(1)
+
+    return reference.in_chunks(some, packed, dtype)
 
 
 def matmul(x: Tensor, packed: Packed, exact: bool = True) -> Tensor:

@@ -7,12 +7,14 @@ Names are imported when they are first used, so that `--help` need not wait for 
 """
 
 import os
+import sys
 from importlib import import_module
 
 from minichat.version import __version__
 
-# Gaudi's bridge comes with `import torch` and reads this then; without it, lazy mode is off from release 1.21 on
-os.environ.setdefault("PT_HPU_LAZY_MODE", "1")
+if "torch" not in sys.modules:  # with which Gaudi's bridge may have come, that reads these once
+    os.environ.setdefault("PT_HPU_LAZY_MODE", "1")  # off by default from release 1.21 on
+    os.environ.setdefault("PT_HPU_WEIGHT_SHARING", "0")  # it would keep every weight that was ever used, for ever
 
 _FUNCTIONS = {
     "load": ("minichat.weights", "load_model"),

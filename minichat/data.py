@@ -155,7 +155,9 @@ def _tensors(rows: list[list[list[Piece]]], pad_to: Callable[[int], int] | None)
     A document is a sequence in one piece, or one and others that each continue the first, without a view of each other:
     a prompt and two answers to it. pad_to None: all in one row, without padding: ids (1, T) and the documents' lengths.
     Else ids (B, T), padded on the right, and for rows of several pieces each token's position and document's number,
-    (B, T); as many targets as there are tokens, those that are none with weight 0.
+    (B, T); and no index: a target for every token, (B * T,), those that are none with weight 0. A trunk's last token
+    predicts the first one of each piece that continues it: the second piece's comes after all those, predicted at the
+    flat indices "again". In neither is an index twice: of two gradients for one, Gaudi's bridge (1.19) keeps one.
     """
     lengths = [tuple(len(tokens) for tokens, _, _ in document) for row in rows for document in row]
     if pad_to is None:
@@ -181,20 +183,26 @@ def _tensors(rows: list[list[list[Piece]]], pad_to: Callable[[int], int] | None)
                 index += [b * T + before[t] for t in found]
                 labels += [tokens[t] for t in found]
                 sums += [number] * len(found)
-    # padding by mask, never by id: eos may be the padding token and is still learnt
-    filler = [] if pad_to is None else [0] * (ids.numel() - len(index))
-    tensors = {
-        "ids": ids,
-        "index": torch.tensor(index + filler, dtype=torch.int64),
-        "labels": torch.tensor(labels + filler, dtype=torch.int64),
-        "document": torch.tensor(sums + filler, dtype=torch.int64),
-        "weights": torch.tensor([1.0] * len(index) + [0.0] * len(filler)),
-    }
+    targets = {"labels": torch.tensor(labels, dtype=torch.int64), "document": torch.tensor(sums, dtype=torch.int64)}
+    targets["weights"] = torch.ones(len(index))
+    at = torch.tensor(index, dtype=torch.int64)
     if pad_to is None:
-        tensors["documents"] = lengths
-    elif any(sum(map(len, row)) > 1 for row in rows):
+        return {"ids": ids, "index": at, **targets, "documents": lengths}
+    most = max(sum(max(0, len(document) - 2) for document in row) for row in rows)  # in a row: 1 where each is a pair
+    again = torch.arange(len(rows))[:, None] * T + torch.arange(most)  # others of the row where it has fewer
+    places, known, counts = at.clone(), set(), [0] * len(rows)
+    for n, place in enumerate(index):
+        if place in known:
+            b = place // T
+            again[b, counts[b]], places[n] = place, len(rows) * T + b * most + counts[b]
+            counts[b] += 1
+        known.add(place)
+    # padding by mask, never by id: eos may be the padding token and is still learnt
+    size = len(rows) * (T + most)
+    tensors = {"ids": ids, **{k: x.new_zeros(size).index_copy_(0, places, x) for k, x in targets.items()}}
+    if any(sum(map(len, row)) > 1 for row in rows):
         tensors |= {"positions": positions, "documents": documents}
-    return tensors
+    return tensors | {"again": again.flatten()} if most else tensors
 
 
 def sft_batch(rows: list[list[Example]], pad_to: Callable[[int], int] | None) -> Batch:

@@ -57,6 +57,8 @@ def pick(name: str | torch.device | None = None) -> torch.device:
             mine = 0  # a launcher that shows each process its own
         return torch.device("cuda", mine)
     if kind == "hpu":
+        if int(index or 0):
+            raise BadInput(f"device {name!r}: a process has one HPU, hpu; $HABANA_VISIBLE_MODULES says which")
         _bridge(required=True)
     return torch.device(name)
 
@@ -426,4 +428,6 @@ def _bridge(required: bool) -> bool:
         there, why = False, f"{error}"
     if required and not there:
         raise BadInput(f"device 'hpu' is not there: {why}; run in Gaudi's own container, or try --device cpu")
+    if there and "PT_HPU_LAZY_MODE" not in os.environ and not hasattr(torch.hpu, "wrap_in_hpu_graph"):
+        say("the bridge is in eager mode, without HPU graphs: import minichat before torch, or set PT_HPU_LAZY_MODE=1")
     return there

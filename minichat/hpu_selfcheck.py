@@ -10,7 +10,6 @@ standard error, exit code 1 if something is wrong.
 """
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -167,7 +166,6 @@ def wrong(found: dict) -> list[str]:
 
 def main() -> None:
     args = parse()
-    os.environ.setdefault("PT_HPU_LAZY_MODE", "1")  # before torch is imported
     cli.emulate(args)
     args.device = "hpu"
     args.model = args.model or str(cli.BASE)

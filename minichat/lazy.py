@@ -424,10 +424,17 @@ def _check(name: str, args: tuple) -> None:
             RECORDER.sync(f"{name}: a boolean mask, whose shape follows from values")
     elif name == "aten.gather" and args[2].dtype == torch.int64:
         RECORDER.advise("gather with an int64 index: on the device it is cast at every use; take index_select")
-    if name.startswith(WRITES_BY_INDEX) and "_." in name + "." and isinstance(args[0], LazyTensor):
+    elif name == "aten.index_add" and args[2].numel() <= args[0].shape[args[1]]:
+        index = args[2].payload  # the gradient of index_select, too
+        if not index.is_meta and len(index.unique()) < index.numel():
+            RECORDER.advise(
+                "an index comes twice in index_add (index_select backward): bridge 1.19 keeps one of the two"
+            )
+    if name.startswith((*WRITES_BY_INDEX, "aten.copy_")) and "_." in name + "." and isinstance(args[0], LazyTensor):
         target = args[0].payload
         if target.untyped_storage().nbytes() > target.numel() * target.dtype.itemsize:
-            RECORDER.advise(f"{name} into a view: the device copies what lies below it; give it a tensor of its own")
+            RECORDER.advise(f"{name} into a view: the device copies what lies below it, and in an HPU graph it is not "
+                            "supported; give it a tensor of its own")  # fmt: skip
     if name == "aten.embedding":
         dtype = args[1].dtype
         if RECORDER._id_dtype not in (None, dtype):

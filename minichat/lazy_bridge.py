@@ -182,7 +182,7 @@ class FusedClipNorm:
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """Its numbers are part of its graph: a rate that changes makes a graph each time."""
+    """With weight decay, the rate times it is a number in its graph: one that changes makes a graph each time."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-6, weight_decay: float = 0.0, bias_correction: bool = True,

@@ -363,7 +363,7 @@ class Decoder(nn.Module):
             view = View(positions, positions, window, ordered, consecutive=implicit, doc=documents)
         x = self.embed_tokens(ids).to(self.norm.weight.dtype)  # the table may be held in half of it
         cos, sin = rotary(positions, config.head_dim, config.rope_theta, x.dtype)
-        # a size of 1 torch compiles as a constant; as many as there are come where shapes have to stay
+        # a size of 1 torch compiles as a constant
         fewer = wanted is not None and 1 < len(wanted) < ids.numel()
         for i, block in enumerate(self.layers):
             only = wanted if fewer and i == len(self.layers) - 1 else None
@@ -405,6 +405,14 @@ class Mistral(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of activations, and of all weights that are not quantised."""
         return self.model.norm.weight.dtype
+
+    def _apply(self, function, recurse=True):
+        # on some devices (Gaudi) a move makes another weight of each module's: the two that are one have to stay so
+        tied = getattr(self.lm_head, "weight", None) is self.model.embed_tokens.weight
+        super()._apply(function, recurse)
+        if tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        return self
 
     def forward(self, ids: Tensor, positions: Tensor | None = None, cache=None) -> Tensor:
         """(B, T) ids -> (B, T, V) logits; the arguments are Decoder.forward's."""

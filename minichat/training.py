@@ -73,8 +73,10 @@ def sft() -> Method:
 
 def hidden_states(model: nn.Module, tensors: dict) -> Tensor:
     """The decoder's output where a batch's targets are predicted, (N, D)."""
-    positions, documents = tensors.get("positions"), tensors.get("documents")
-    return model.model(tensors["ids"], positions, documents=documents, wanted=tensors["index"])
+    index, again = tensors.get("index"), tensors.get("again")
+    found = model.model(tensors["ids"], tensors.get("positions"), documents=tensors.get("documents"), wanted=index)
+    found = found if index is not None else found.flatten(0, 1)
+    return found if again is None else torch.cat([found, found.index_select(0, again)])
 
 
 def dpo(beta: float = 0.1, kind: str = "sigmoid", label_smoothing: float = 0.0, reference_free: bool = False) -> Method:

@@ -172,13 +172,19 @@ MISTAKES = {
     ),
     "rank 6": ("y = x.view(1, 1, 1, 2, 2, -1) * 2", "advice", "rank 6"),
     "a write into a view": ("stacked[0].index_copy_(0, one, x[None, :4])", "advice", "into a view"),
+    "a part that is replaced": ("stacked[0, :, :2] = x[:2]", "advice", "into a view"),
     "gather by int64": ("y = x.gather(0, one)", "advice", "int64"),
+    "an index twice": (
+        "w = x.detach().requires_grad_(); w.index_select(0, twice).sum().backward()",
+        "advice",
+        "comes twice",
+    ),
 }
 
 
 LOOP = """
 x, cache, stacked = torch.randn(8).to(hpu), torch.randn(8, 32).to(hpu), torch.zeros(2, 3, 4).to(hpu)
-one, n = torch.ones(1, dtype=torch.int64).to(hpu), 4
+one, twice, n = torch.ones(1, dtype=torch.int64).to(hpu), torch.tensor([3, 3]).to(hpu), 4
 core.mark_step()
 R.reset()
 for i in range(10):
