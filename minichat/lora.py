@@ -237,6 +237,9 @@ class Adapter:
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{file}: not a whole safetensors file: {error}") from None
         self.pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
+        # PEFT puts the weight of an adapted head beside its adapter
+        bases = [key for key in found if re.fullmatch(re.escape(PREFIX) + r".+\.base_layer\.weight", key)]
+        self.bases = {key.removeprefix(PREFIX).removesuffix(".base_layer.weight"): found.pop(key) for key in bases}
         for key in found:
             match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
             if not match:
@@ -277,13 +280,27 @@ class Adapter:
             return chosen
         return self
 
-    def delta(self, name: str, shape: torch.Size) -> Tensor | None:
-        """What merging adds to the weight of module `name`, (out, in) float32; None if the adapter leaves it alone."""
+    def check_fits(self, name: str, shape: tuple[int, int], weight: Tensor | None) -> None:
+        """Raise BadInput if module `name` has another shape than it was made for, or another weight than it brings."""
+        A, B, _ = self.pairs[name]
+        made = (B.shape[0], A.shape[1])
+        if made != tuple(shape):
+            raise BadInput(f"{self.folder}: made for {name} of shape {made}, not {tuple(shape)}")
+        if weight is not None and name in self.bases:
+            theirs, ours = self.bases[name].to(weight.device), weight
+            if theirs.element_size() > ours.element_size():
+                theirs, ours = ours, theirs
+            if theirs.shape != ours.shape or not torch.equal(theirs, ours.to(theirs.dtype)):
+                raise BadInput(
+                    f"{self.folder}: has a weight for {name} that is not this model's: it was trained as well"
+                )
+
+    def delta(self, name: str, weight: Tensor) -> Tensor | None:
+        """What merging adds to the weight (out, in) of module `name`, float32; None if the adapter leaves it alone."""
         if name not in self.pairs:
             return None
+        self.check_fits(name, weight.shape, weight)
         A, B, s = self.pairs[name]
-        if (B.shape[0], A.shape[1]) != tuple(shape):
-            raise BadInput(f"{self.folder}: made for {name} of shape {(B.shape[0], A.shape[1])}, not {tuple(shape)}")
         return (B.float() @ A.float()) * s
 
 
@@ -301,13 +318,11 @@ def load(
     adapter = folder if isinstance(folder, Adapter) else Adapter(folder)
     adapter = adapter.only(only)
     modules = dict(model.named_modules())
-    for name, (A, B, _) in adapter.pairs.items():
+    for name in adapter.pairs:
         module = modules.get(name)
         if module is None or not hasattr(module, "in_features"):
             raise BadInput(f"{adapter.folder}: the adapter has weights for {name}, which this model does not have")
-        if (module.out_features, module.in_features) != (B.shape[0], A.shape[1]):
-            shape = (module.out_features, module.in_features)
-            raise BadInput(f"{adapter.folder}: made for {name} of shape {(B.shape[0], A.shape[1])}, not {shape}")
+        adapter.check_fits(name, (module.out_features, module.in_features), getattr(module, "weight", None))
     own, here = adapter.metadata.get("base_fingerprint"), getattr(model, "identity", None)
     if own and here and own != here:
         say(f"warning: {adapter.folder} was trained over other weights than these")

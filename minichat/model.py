@@ -58,9 +58,10 @@ class Config:
         wanted = "mistral" if mistral else "llama"
         if raw.get("model_type", wanted) != wanted:
             raise BadInput(f"model_type {raw['model_type']!r} is not that of {architecture}, {wanted!r}")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, or 4
-        if not isinstance(rope, dict):
-            raise BadInput(f"rope_scaling is {rope!r} in config.json; it must be an object, or null")
+        # transformers 4, or 5, which takes the older one where both are there
+        rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise BadInput(f"rope_scaling is {rope!r} in config.json; it must be one object for all layers, or null")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise BadInput(f"RoPE scaling {kind!r} is not supported; minichat runs checkpoints without one")

@@ -383,7 +383,7 @@ def _fill(model: Mistral, shards: Shards, where, dtype, packed, scheme, adapters
         if not tensor.is_floating_point():
             raise BadInput(f"{file}: tensor {name} is {tensor.dtype}; wanted are floats")
         quantises = scheme is not None and not packed and quant.wanted(owner_name, owner, scheme)
-        deltas = [d for a in adapters if (d := a.delta(owner_name, shape)) is not None]
+        deltas = [d for a in adapters if (d := a.delta(owner_name, tensor)) is not None]
         if deltas:
             exact = tensor.float() + sum(deltas)
             tensor = exact if quantises else exact.to(dtype)

@@ -221,6 +221,14 @@ def test_template_text(tmp_path):
         chat.template_text("alpaca", tokenizer)
 
 
+def test_a_template_that_is_edited_is_read_again(tmp_path):
+    path = tmp_path / "my.jinja"
+    for i, text in enumerate(("{{ 1 }}", "{{ 2 }}", "\ufeff{{ 3 }}")):
+        path.write_text(text, encoding="utf-8")
+        os.utime(path, ns=(i, i))
+        assert chat.template_text(str(path), None) == text.lstrip("\ufeff")
+
+
 @pytest.mark.parametrize("template", chat.names())
 def test_a_saved_template_is_the_one_trained_with(template, tmp_path):
     tokenizer = Tokenizer(write(tmp_path / "a"))
@@ -343,6 +351,13 @@ def test_foreign_template_that_cannot_be_masked():
     assert learnt(turns[:2], END_ONLY_AT_THE_END) == "hello, how are you?\n</s>"
 
 
+def test_a_conversation_that_the_assistant_begins():
+    turns = [ANSWER, AGAIN, LAST]
+    assert learnt(turns, TAGGED) == learnt(turns, "zephyr") == "hello, how are you?</s>|good 😀</s>"
+    with pytest.raises(BadInput, match="cannot be masked"):
+        chat.render(turns, LLAMA_3, built())
+
+
 def test_prompt_that_ends_elsewhere_than_the_tags_begin():
     # the tags enclose the line end with which the prompt ends already
     assert learnt(CHATS["turns"], TAGGED_EARLY) == "hello, how are you?</s>|good 😀</s>"
@@ -392,6 +407,13 @@ def test_stops_of_a_template_that_ends_with_nothing():
     assert chat.stops(NO_END, built()) == ((2,), ())
     unmasked = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '>' if add_generation_prompt }}"
     assert chat.stops(unmasked, built()) == ((2,), ())
+
+
+@pytest.mark.parametrize("wanted", ["==", "!="], ids=["with", "without"])
+def test_stops_of_a_template_that_wants_a_system_message_or_none(wanted):
+    refusal = "{{ raise_exception('no') }}"
+    template = f"{{% if not messages[0].role {wanted} 'system' %}}{refusal}{{% endif %}}{LLAMA_3}"
+    assert chat.stops(template, built()) == ((2,), ("<|im_end|>",))
 
 
 # ---- templates that mean harm

@@ -331,3 +331,21 @@ def test_what_differs_between_two_runs_is_named():
         "--new is True, was None",
         "data is 6 records cd, was 5 records ab",
     ]
+
+
+STATE = {"step": 3, "tokens": 9, "eval_loss": 0.5, "metrics": {"bytes": 1, "seconds": 0.5}, "run": {}}
+NO_STATE = [
+    {"step": -1}, {"step": True}, {"step": 3.0}, {"step": 1 << 63}, {"tokens": None}, {"tokens": -1}, {"run": []},
+    {"eval_loss": "low"}, {"metrics": []}, {"metrics": {"bytes": -1, "seconds": 1}},
+    {"metrics": {"bytes": 1, "seconds": "1"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", NO_STATE, ids=str)
+def test_a_state_that_no_run_has_written_is_none(tmp_path, change):
+    for step, state in ((3, STATE), (20, {**STATE, "step": 20, "eval_loss": None}), (100, {**STATE, **change})):
+        (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step-{step}" / "state.json").write_text(json.dumps(state))
+    assert [known["step"] for _, known in checkpoint.read(tmp_path, whole=False)] == [3, 20]  # by number, not by name
+    with pytest.raises(BadInput, match="step-100.*is not a checkpoint's"):
+        checkpoint.read(tmp_path)

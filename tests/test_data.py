@@ -70,6 +70,7 @@ def test_weights_are_the_shares_of_an_epoch():
     seen = [i for indices in epochs[:2] for i in indices if i >= 100]
     assert len(seen) == len(set(seen)) == 86  # the second epoch takes what the first left
     assert set().union(*epochs) == set(range(190))
+    assert set(both.epoch(1, 0)) != set(epochs[0])  # by the seed too
     assert mix([1] * 100, [2] * 90, weights=[7, 3]).counts == both.counts  # shares, whatever they add up to
     assert mix([1] * 100, [2] * 90).counts == [100, 90]
     assert mix([1] * 3, [2] * 1000, weights=[1, 1e-6]).counts == [3, 1]

@@ -237,6 +237,16 @@ def test_a_table_puts_a_card_beside():
     assert evaluate.table({"perplexity": 3.14159}).splitlines()[-1] == "| perplexity | 3.1416 |"
 
 
+def test_the_leaderboards_tasks():
+    """As the cards' tables are headed: ARC (25-s), HellaSwag (10-s), …; they print the means as well."""
+    tasks = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k", "drop")
+    assert tuple(evaluate.LEADERBOARD) == tasks
+    assert [shots for shots, _ in evaluate.LEADERBOARD.values()] == [25, 10, 5, 0, 5, 5, 3]
+    means = {"neural-chat-7b-v3": 57.31, "neural-chat-7b-v3-1": 59.06}
+    for name, mean in means.items():
+        assert sum(evaluate.PUBLISHED[name]) / 7 == pytest.approx(mean, abs=0.006)
+
+
 # ---- lm-eval ----
 
 QUESTIONS = [
@@ -368,6 +378,33 @@ def test_lm_eval_reads_texts_as_its_own_model_does(base, tmp_path, begun):
     assert tokenizer.add_bos == begun == (ours.tok_encode("a")[:1] == [tokenizer.bos_id])
 
 
+class Request:
+    def __init__(self, *args):
+        self.args = args
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_gets_answers_to_the_ends_of_long_contexts(base, monkeypatch):
+    """As its own model: what does not fit beside the new tokens goes on the left; the sampling is the request's."""
+    if harness is None:
+        pytest.skip("needs lm-eval")
+    model, (_, tokenizer), asked = make(max_position_embeddings=40), minichat.load(base), []
+    answers = lambda *args: asked.append(args) or [{n: Answered(str(len(p))) for n, p in enumerate(args[2])}]  # noqa: E731
+    monkeypatch.setattr(generation, "answers", answers)
+    text, greedy = "How much is 1 + 2? " * 9, {"until": ["\n", ""], "max_gen_toks": 12}
+    drawn = {**greedy, "do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.5}
+    requests = [Request("a", greedy), Request(text, drawn), Request(text, greedy)]
+    found = harness.Harness(model, tokenizer, None, 4).generate_until(requests)
+    ids = tokenizer.encode(text)
+    assert [p for args in asked for p in args[2]] == [tokenizer.encode("a"), ids[-28:], ids[-28:]]
+    assert found == [str(len(tokenizer.encode("a"))), "28", "28"]
+    one, two = (args[5] for args in asked)
+    assert (one.temperature, two.temperature, two.top_k, two.top_p) == (0, 0.7, 5, 0.5)
+    assert all(args[3:5] == (4, 12) and args[6] == ["\n"] for args in asked)
+    with pytest.raises(BadInput, match="wants 40 new tokens; the model's context is 40"):
+        harness.Harness(model, tokenizer, None, 4).generate_until([Request("a", {**greedy, "max_gen_toks": 40})])
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_lm_eval_asks_in_the_chat_template(base):
     """A request is the template's text, its special tokens are those that it writes, and no BOS is added to it."""
@@ -412,6 +449,12 @@ WRONG = {
     "binary": (["--text", "b.bin"], "b.bin is not UTF-8"),
     "limit": (["--data", "q.jsonl", "--limit", "9"], "--limit is for --tasks"),
     "shots": (["--tasks", "x", "--few-shot", "-1"], "--few-shot is -1; it must be 0 or more"),
+    "shots without tasks": (["--leaderboard", "--few-shot", "0"], "--few-shot, --include and --chat are for --tasks"),
+    "chat": (["--data", "q.jsonl", "--chat"], "--few-shot, --include and --chat are for --tasks"),
+    "length without a text": (["--data", "q.jsonl", "--length", "9"], "--length and --stride are for --text"),
+    "no room": (["--pairs", "p.jsonl", "--max-length", "9", "--max-prompt-length", "9"], "leaves no room"),
+    "weight": (["--data", "q.jsonl:2"], "--data q.jsonl:2: weights are for"),
+    "weight of pairs": (["--pairs", "p.jsonl:2"], "--pairs p.jsonl:2: weights are for"),
     "tokens": (["--data", "q.jsonl", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
     "both": (["--tasks", "x", "--leaderboard"], "--tasks and --leaderboard"),
     "reference": (["--data", "q.jsonl", "--reference", "x"], "--reference is for --pairs"),
@@ -506,6 +549,22 @@ def test_windows_of_a_text_are_the_flags(base, tmp_path, monkeypatch, capsys, fl
     model, tokenizer = minichat.load(base)  # whose window is of 16 tokens
     expected = evaluate.perplexity(model, tokenizer, text, length, stride, 64)
     assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "window, context, length",
+    [(None, 512, 512), (16, 512, 16), (600, 512, 512), (None, 32768, 4096), (8192, 32768, 4096)],
+)
+def test_the_window_of_a_text_without_flags(monkeypatch, window, context, length):
+    monkeypatch.setattr(evaluate, "perplexity", lambda *args: args)
+    model = make(sliding_window=window, max_position_embeddings=context)
+    args = argparse.Namespace(length=None, stride=None, batch_size=7)
+    assert evaluate._perplexity(args, model, None, "a") == (model, None, "a", length, length // 2, 7)
+
+
+def test_a_text_is_read_as_its_bytes_are(tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\n")
+    assert evaluate._text(str(tmp_path / "t.txt")) == "a\r\nb\n"  # but for the mark that says UTF-8
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -421,6 +421,16 @@ def test_report_reads_as_a_line():
     assert str(report) == "1,234 records, 56,789 tokens, 2 oldest turns dropped"
 
 
+def test_a_report_names_so_many_bad_records_and_counts_all(monkeypatch):
+    monkeypatch.setattr("minichat.examples.SHOWN", 3)
+    one, two = (encode(numbered(*[{"a": 1}] * n, {"text": "a"}), Sft(TOKENIZER, "{{ 1 }}", 9))[1] for n in (2, 4))
+    assert (len(one.bad), len(two.bad), two.refused) == (2, 3, 4)
+    tokens = one.tokens
+    one.add(two)
+    assert (one.kept, one.tokens, one.refused, len(one.bad)) == (2, 2 * tokens, 6, 3)
+    assert one.bad[2] == two.bad[0] and str(one).endswith("6 bad")
+
+
 def test_pairs_are_cut_as_the_recipes_say():
     """The prompt keeps its last tokens, the answers their first: 1024 and 1536 in the recipes."""
     record = {"prompt": "one two three four five", "chosen": "yes yes yes yes yes", "rejected": "no"}

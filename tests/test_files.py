@@ -279,3 +279,18 @@ def test_json_that_cannot_be_read(tmp_path):
         with pytest.raises(BadInput) as error:
             read_json(tmp_path, missing)
         assert str(error.value) == f"{tmp_path}: {os.strerror(errno.EISDIR)}"
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value, folder in (
+        ("HOME", tmp_path, tmp_path / ".cache/minichat"),
+        ("XDG_CACHE_HOME", tmp_path / "x", tmp_path / "x/minichat"),
+        ("MINICHAT_CACHE", "y", tmp_path / "y"),
+        ("MINICHAT_CACHE", "~/z", tmp_path / "z"),
+    ):
+        if name == "HOME":
+            monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+            monkeypatch.delenv("MINICHAT_CACHE", raising=False)
+        monkeypatch.setenv(name, str(value))
+        assert files.cache_folder() == folder

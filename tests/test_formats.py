@@ -36,6 +36,7 @@ SAYS = {
                             ASKED),
     "Alpaca": ({"instruction": "How much is 1 + 2?", "input": "", "output": "3", "text": "Below is"}, ASKED),
     "Alpaca, input": ({"instruction": "Add.", "input": "1 and 2", "output": "3"}, [user("Add.\n\n1 and 2"), said("3")]),
+    "Alpaca, null": ({"instruction": "How much is 1 + 2?", "input": None, "output": "3"}, ASKED),
     "completion": ({"prompt": "How much is 1 + 2?", "completion": "3"}, ASKED),
     "text": ({"text": "1 + 2 = 3"}, "1 + 2 = 3"),
 }  # fmt: skip
@@ -44,6 +45,16 @@ SAYS = {
 @pytest.mark.parametrize("record, said", SAYS.values(), ids=SAYS)
 def test_what_records_to_learn_from_say(record, said):
     assert read(record, CHATS) == said
+
+
+@pytest.mark.parametrize(
+    "name, role",
+    [("system", "system"), *((name, "user") for name in ("human", "user")),
+     *((name, "assistant") for name in ("gpt", "chatgpt", "bing", "bard", "model", "assistant"))],
+)  # fmt: skip
+def test_the_names_of_a_role(name, role):
+    for turn in ({"from": name, "value": "a"}, {"role": name, "content": "a"}):
+        assert read({"conversations": [turn]}, CHATS) == [{"role": role, "content": "a"}]
 
 
 CHATML = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi\n\nthere<|im_end|>\n<|im_start|>assistant\n"
@@ -72,6 +83,10 @@ PREFERS = {
             "score_rejected": 3.0,
         },
         ([user("Hi")], *HELLO),
+    ),
+    "chatml, answers without their end": (
+        {"prompt": CHATML, "chosen": "Hello\n", "rejected": "No"},
+        ([SYSTEM, user("Hi\n\nthere")], [said("Hello\n")], [said("No")]),
     ),
     "a prompt of messages": (
         {"prompt": [SYSTEM, user("Hi")], "chosen": [said("Hello")], "rejected": [said("No")]},
@@ -111,6 +126,7 @@ WRONG = {
     "a turn a string": (CHATS, {"conversations": ["a"]}, "turn 0 is 'a'"),
     "a tool's turn": (CHATS, {"conversations": [{"from": "tool", "value": "a"}]}, "must be one of"),
     "from a list": (CHATS, {"conversations": [{"from": ["human"], "value": "a"}]}, "must be one of"),
+    "a system prompt in a list": (CHATS, {"system": ["a"], "messages": ASKED}, "'system' is ['a']"),
     "input a number": (CHATS, {"instruction": "a", "input": 5, "output": "b"}, "must be strings"),
     "instruction null": (CHATS, {"instruction": None, "output": "b"}, "must be strings"),
     "ChatML beside messages": (PAIRS, {"prompt": CHATML, "chosen": [said("a")], "rejected": "b"}, "must be a string"),

@@ -148,6 +148,25 @@ def test_we_open_pefts_file_key_for_key(settings, tmp_path):
 
 @peft_warns
 @torch.no_grad()
+def test_we_open_pefts_file_of_an_adapted_head_with_its_copy_of_the_base(tmp_path):
+    other = peft_of(CASES["head"])
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        other.save_pretrained(tmp_path)
+    assert [key for key in load_file(tmp_path / lora.WEIGHTS) if "lora" not in key] == [
+        "base_model.model.lm_head.base_layer.weight"
+    ]
+    model = lora.load(make(), tmp_path)
+    torch.testing.assert_close(model(IDS), other(IDS).logits, rtol=0, atol=1e-4)
+    adapter, head = lora.Adapter(tmp_path), make().lm_head.weight
+    torch.testing.assert_close(adapter.delta("lm_head", head), lora.Adapter(tmp_path).delta("lm_head", head.bfloat16()))
+    changed = make()
+    changed.lm_head.weight[3, 4] += 1
+    with pytest.raises(BadInput, match="a weight for lm_head that is not this model's"):
+        lora.load(changed, tmp_path)
+
+
+@peft_warns
+@torch.no_grad()
 def test_patterns_can_give_every_module_its_alpha(tmp_path):
     """Then the config needs none for all, and what is saved again means the same."""
     peft = pytest.importorskip("peft")
@@ -427,8 +446,8 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     for name, module in lora.adapted(model).items():
         x = torch.randn(3, module.in_features)
         added = module(x) - x @ module.weight.T
-        torch.testing.assert_close(x @ adapter.delta(name, module.weight.shape).T, added, rtol=0, atol=1e-4)
-    assert adapter.delta("lm_head", torch.Size((97, 48))) is None
+        torch.testing.assert_close(x @ adapter.delta(name, module.weight).T, added, rtol=0, atol=1e-4)
+    assert adapter.delta("lm_head", torch.zeros(97, 48)) is None
 
 
 @pytest.mark.parametrize("over, here, lines", [("a", "b", 1), ("a", "a", 0), (None, "b", 0), ("a", None, 0)])

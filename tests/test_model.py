@@ -345,6 +345,11 @@ BAD = {
     "architecture": {"architectures": ["GPT2LMHeadModel"]},
     "none": {"architectures": None},
     "rope": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "scaling beside the newer entry": {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "rope by kind of layer": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
     "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
     "bias": {"attention_bias": True},
     "activation": {"hidden_act": "gelu"},

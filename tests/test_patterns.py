@@ -79,3 +79,12 @@ def test_what_is_not_refused_ends(pattern):
     started = time.process_time()
     found.match(NAME)
     assert time.process_time() - started < 2
+
+
+def test_the_limits():
+    """Four repeats and six groups; those that are escaped, or in brackets, are none."""
+    for most in ("a*b+c?d{2}", "(a)" * 6, r"[*+?{(]*\*\+\?\{\(" * 4):
+        assert compiled(most) == re.compile(most)
+    for more in ("a*b+c?d{2}e*", "(a)" * 7):
+        with pytest.raises(BadInput, match="too many ways"):
+            compiled(more)

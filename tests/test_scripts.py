@@ -479,7 +479,7 @@ def test_training_over_nf4(done, run, base, files):
     assert code == 0 and err.count("(nf4 in groups of 32, without lm_head) and is merged into float weights") == 1
     whole, plain = minichat.load("whole")[0].state_dict(), minichat.load(base)[0].state_dict()
     for name, weight in plain.items():
-        delta = adapter.delta(name.removesuffix(".weight"), weight.shape)
+        delta = adapter.delta(name.removesuffix(".weight"), weight)
         assert torch.equal(whole[name], weight if delta is None else weight + delta)
     done("lora", "merge", "--adapter", "q", "--out", "packed", "--int4")
     code, _, err = run("infer.py", "--model", "r", "--int4", "--prompt", "add 2", "--max-new-tokens", 4)
@@ -1170,6 +1170,7 @@ def error_of(result) -> str:
         ("train.py", ["--data", "bad.jsonl:0.5", "list.jsonl"], ["some have none"]),
         ("train.py", ["--data", "bad.jsonl:none"], ["'none'", "positive"]),
         ("train.py", ["--eval-split", "1"], ["--eval-split", "1.0"]),
+        ("train.py", ["--eval-split", "-0.1"], ["--eval-split is -0.1; it must be a share"]),
         ("train.py", ["--eval-split", "1e-9"], ["no record on one side"]),
         ("train.py", ["--eval-split", "0.1", "--eval-data", "bad.jsonl"], ["--eval-split", "--eval-data"]),
         ("train.py", ["--eval-data", "bad.jsonl:2"], ["bad.jsonl:2", "--data alone"]),
@@ -1192,6 +1193,28 @@ def error_of(result) -> str:
         ("train.py", ["--epochs", "inf"], ["--epochs", "inf"]),
         ("train.py", ["--warmup", "-0.1"], ["--warmup"]),
         ("train.py", ["--betas", "0.9", "1"], ["--betas", "1.0"]),
+        ("train.py", ["--clip", "-1"], ["--clip", "-1"]),
+        ("train.py", ["--weight-decay", "-1"], ["--weight-decay"]),
+        ("train.py", ["--eval-every", "-1"], ["--eval-every", "negative"]),
+        ("train.py", ["--save-every", "-1"], ["--save-every", "negative"]),
+        ("train.py", ["--keep", "0"], ["--keep", "0"]),
+        ("train.py", ["--log-every", "0"], ["--log-every", "0"]),
+        ("train.py", ["--batch-size", "0"], ["--batch-size", "0"]),
+        ("train.py", ["--epochs", "0"], ["--epochs", "0"]),
+        ("train.py", ["--betas", "-0.1", "0.9"], ["--betas", "-0.1"]),
+        ("train.py", ["--full", "--rslora"], ["--full", "--rslora"]),
+        ("train.py", ["--pack", "--epochs", "1001"], ["--epochs", "1001", "--steps"]),
+        ("train.py", ["--tflops", "0"], ["--tflops", "0"]),
+        ("train.py", ["--memory-budget", "0"], ["--memory-budget", "0"]),
+        (
+            "train.py",
+            ["--memory-budget", "1", "--gradient-checkpointing"],
+            ["--memory-budget", "--gradient-checkpointing"],
+        ),
+        ("train.py", ["--max-prompt-length", "0"], ["--max-prompt-length 0"]),
+        ("train.py", ["--resume", "--overwrite"], ["--resume", "--overwrite"]),
+        ("train.py", ["--seed", str(1 << 63)], ["--seed", "9223372036854775808"]),
+        ("train.py", ["--max-graphs", "9"], ["--max-graphs", "--emulate"]),
         ("train.py", ["--accumulate", "0"], ["--accumulate"]),
         ("train.py", ["--lora-r", "0"], ["rank", "0"]),
         ("train.py", ["--lora-dropout", "1"], ["--lora-dropout"]),

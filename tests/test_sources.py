@@ -76,6 +76,16 @@ def test_an_array_is_not_held_in_memory(tmp_path):
     tracemalloc.stop()
 
 
+def test_a_record_of_an_array_has_a_largest_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK", 100)
+    monkeypatch.setattr(sources, "LONGEST", 1000)
+    write(tmp_path / "a.json", [{"text": "x" * 900}, {"text": "x" * 1200}])
+    found = records(tmp_path / "a.json")
+    assert next(found)[1] == {"text": "x" * 900}
+    with pytest.raises(BadInput, match="after record 1"):
+        next(found)
+
+
 def test_lines_are_numbered_and_empty_ones_skipped(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"text": "\xc3\xa4"}\n\n  \n{"text": "b"}\r\n{"text": "c"}')
@@ -201,6 +211,44 @@ def test_what_a_source_names(folder):
     assert names("plain/*.jsonl") == names("p*/b.jsonl") == ["b.jsonl"]
     assert find("plain").weight is None and find("plain/b.jsonl:0.7").weight == 0.7 and find("plain:3").weight == 3
     assert names("odd/a:0.5.jsonl") == ["a:0.5.jsonl"] and names("odd/[1].jsonl") == ["[1].jsonl"]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    ["dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "package.json",
+     "_a.jsonl", ".a.jsonl", "_b/a.jsonl", "b/.c/a.jsonl", "b/c/d/a.jsonl", "a.csv"],
+)  # fmt: skip
+def test_what_lies_beside_data_is_none(tmp_path, beside):
+    for file in ("b/c/data.json", beside):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("[]")
+    assert names(str(tmp_path)) == ["data.json"]
+
+
+def test_a_weight_is_a_number_within_reason(folder, monkeypatch):
+    for spec, weight in (("plain:1e-9", 1e-9), ("plain:1e9", 1e9), ("plain/*.jsonl:0.5", 0.5), ("parts/train:2", 2)):
+        assert find(spec).weight == weight and find(spec).files
+    for weight in ("9e-10", "1.1e9"):
+        with pytest.raises(BadInput, match="must be a positive number"):
+            find(f"plain:{weight}")
+    monkeypatch.setenv("HOME", str(folder))
+    assert names("~/plain:2") == names("plain")
+
+
+@pytest.mark.parametrize("name", ["test", "valid", "validation", "val", "dev", "eval", "evaluation", "DEV_2"])
+def test_a_split_for_evaluation_is_left_out_and_named(tmp_path, name, capsys):
+    for file in ("data", "tests", "device", name):
+        (tmp_path / f"{file}.jsonl").write_text("")
+    assert names(str(tmp_path)) == ["data.jsonl", "device.jsonl", "tests.jsonl"]
+    assert capsys.readouterr().err.endswith(f"left out, as for evaluation: {name}.jsonl\n")
+
+
+@pytest.mark.parametrize("file", ["train/part-0.jsonl", "train/0.jsonl", "train.00000-of-00001.jsonl"])
+def test_the_split_of_a_shard(tmp_path, file):
+    for there in (file, "more.jsonl"):
+        (tmp_path / there).parent.mkdir(exist_ok=True)
+        (tmp_path / there).write_text("")
+    assert names(str(tmp_path)) == names(f"{tmp_path}/train") == [file.rpartition("/")[2]]
 
 
 WRONG = {

@@ -197,6 +197,24 @@ def test_special_tokens_map(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
 
 
+@pytest.mark.parametrize("described, expected", [(True, ("<s>", "</s>", None)), (False, ("</s>", "<unk>", "<s>"))])
+def test_special_tokens_map_beside_the_config_is_read_as_in_transformers(described, expected, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    write(tmp_path, **({"added_tokens_decoder": {"2": {"content": "</s>", "special": True}}} if described else {}))
+    named = {"bos_token": "</s>", "eos_token": "<unk>", "pad_token": "<s>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
+    ours, theirs = Tokenizer(tmp_path).special_tokens, transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tuple(map(ours.get, named)) == tuple(getattr(theirs, key) for key in named) == expected
+
+
+def test_the_generation_config_comes_before_the_config(tmp_path):
+    write(tmp_path)
+    (tmp_path / "config.json").write_text('{"pad_token_id": 5}')
+    (tmp_path / "generation_config.json").write_text('{"pad_token_id": 6}')
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.special_tokens["pad_token"] == tokenizer._tokenizer.id_to_token(6)
+
+
 def test_add_bos(tmp_path):
     assert not Tokenizer(write(tmp_path / "a", add_bos_token=False)).add_bos
     assert not Tokenizer(write(tmp_path / "b", "byte-level")).add_bos  # nothing adds it
