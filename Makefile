@@ -28,7 +28,7 @@ test: $(VENV)/test
 
 # what only a card can show: with .venv where it is, else with PYTHON as it is, which needs torch, triton and pytest
 test-gpu:
-	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m pytest -rs -W default tests/test_cuda.py tests/test_device.py tests/test_attention.py tests/test_int4.py::test_cuda
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m pytest -rs -W default tests/test_cuda.py tests/test_device.py tests/test_attention.py
 
 check: $(VENV)/test
 	$(VENV)/bin/ruff check .

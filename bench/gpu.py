@@ -1,7 +1,7 @@
 """INT4 and bf16 on a GPU: limits, kernels, the model end to end, and peers on the same card, in one call.
 
     python bench/gpu.py --record                     # under 10 minutes; torch, triton and transformers; no network
-    python bench/gpu.py --gpt-fast FOLDER            # a copy of gpt-fast runs beside it, 2.5 minutes more
+    python bench/gpu.py --gpt-fast FOLDER --seconds 720     # a copy of gpt-fast runs beside it
     python bench/gpu.py --dry                        # whether all but gpt-fast runs: on the CPU, tiny
 
 Weights have Mistral-7B's shape and are random, made on the card. Each part is a process of its own with a time limit;
@@ -14,8 +14,8 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -25,7 +25,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from recording import commit, keep, last_printed, said  # noqa: E402
+from recording import commit, end_with_parent, keep, known, run_process  # noqa: E402
+
+BEGUN = time.perf_counter()
 
 DRY = "--dry" in sys.argv
 if DRY:
@@ -44,7 +46,7 @@ GROUP = 128
 SCRATCH = "minichat-bench"
 ROOMS = [Path("/dev/shm"), Path(tempfile.gettempdir())]  # where `load` may keep what it reads, in memory if it fits
 PARTS = {  # seconds that each may take
-    "limits": 50,
+    "limits": 90,
     "kernels": 120,
     "int4": 140,
     "bf16": 70,
@@ -52,13 +54,17 @@ PARTS = {  # seconds that each may take
     "gpt_fast": 150,
     "transformers": 140,
 }
-SECONDS = 570  # of all parts but gpt_fast
 
 
 def where():
     import torch
 
     return torch.device("cpu" if DRY else "cuda")
+
+
+def share(of: float, limit: float | None) -> float | None:
+    """`of` the limit that `limits` has found, if it has."""
+    return of / limit if limit else None
 
 
 def wait() -> None:
@@ -142,7 +148,7 @@ def packed_weight(N: int, K: int):
     return Packed(codes, scale.bfloat16(), None, N, K, GROUP, 4)
 
 
-def kernels(read_gb_per_s: float) -> dict:
+def kernels(read_gb_per_s: float | None) -> dict:
     """Microseconds, and the share of what the memory gives, of each weight by so many tokens; torch's beside them."""
     import torch
     import torch.nn.functional as F
@@ -163,17 +169,17 @@ def kernels(read_gb_per_s: float) -> dict:
             out = torch.empty(M, N, device=where(), dtype=torch.bfloat16)
             row = found[f"{name} {M}"] = {}
             took = seconds_of(lambda: [int4.linear(x, w, out) for w in ours]) / copies  # noqa: B023
-            row["int4"] = {"microseconds": took * 1e6, "share": size / took / 1e9 / read_gb_per_s}
+            row["int4"] = {"microseconds": took * 1e6, "share": share(size / took / 1e9, read_gb_per_s)}
             took = seconds_of(lambda: [F.linear(x, w) for w in floats]) / len(floats)  # noqa: B023
-            row["cublas_bf16"] = {"microseconds": took * 1e6, "share": 2 * N * K / took / 1e9 / read_gb_per_s}
+            row["cublas_bf16"] = {"microseconds": took * 1e6, "share": share(2 * N * K / took / 1e9, read_gb_per_s)}
             if theirs:
                 multiply = torch.ops.aten._weight_int4pack_mm
                 took = seconds_of(lambda: [multiply(x, w, GROUP, s) for w, s in theirs]) / copies  # noqa: B023
                 read = size + 2 * N * K // GROUP  # a zero beside each scale
-                row["tinygemm"] = {"microseconds": took * 1e6, "share": read / took / 1e9 / read_gb_per_s}
+                row["tinygemm"] = {"microseconds": took * 1e6, "share": share(read / took / 1e9, read_gb_per_s)}
             if M == 1:  # the kernel on float weights, as the fused bf16 step has it
                 took = seconds_of(lambda: [int4.linear(x, w, out) for w in floats]) / len(floats)  # noqa: B023
-                row["bf16"] = {"microseconds": took * 1e6, "share": 2 * N * K / took / 1e9 / read_gb_per_s}
+                row["bf16"] = {"microseconds": took * 1e6, "share": share(2 * N * K / took / 1e9, read_gb_per_s)}
     return found
 
 
@@ -183,10 +189,16 @@ def tinygemm_weights(N: int, K: int, copies: int) -> list:
     if DRY:
         return []
     made = []
-    for _ in range(copies):
-        pairs = torch.randint(0, 256, (N, K // 2), device=where(), dtype=torch.uint8)
-        weight = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
-        made.append((weight, torch.rand(K // GROUP, N, 2, device=where(), dtype=torch.bfloat16) / 100))
+    try:
+        for _ in range(copies):
+            pairs = torch.randint(0, 256, (N, K // 2), device=where(), dtype=torch.uint8)
+            weight = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+            made.append((weight, torch.rand(K // GROUP, N, 2, device=where(), dtype=torch.bfloat16) / 100))
+        x = torch.ones(1, K, device=where(), dtype=torch.bfloat16)
+        torch.ops.aten._weight_int4pack_mm(x, made[0][0], GROUP, made[0][1])
+    except (RuntimeError, AttributeError) as error:  # a torch or a card without it
+        print(f"minichat: no tinygemm: {str(error)[:200]}", file=sys.stderr)
+        return []
     return made
 
 
@@ -219,7 +231,7 @@ def weight_bytes(model) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def end_to_end(quantised: bool, read_gb_per_s: float, matmul_tflop_per_s: float) -> dict:
+def end_to_end(quantised: bool, read_gb_per_s: float | None, matmul_tflop_per_s: float | None) -> dict:
     """Tokens/s with prefill and without, by prompt length and batch; prefill's arithmetic beside the card's."""
     import torch
 
@@ -251,10 +263,11 @@ def end_to_end(quantised: bool, read_gb_per_s: float, matmul_tflop_per_s: float)
         found[f"batch {rows}, prompt {length}"] = {
             "tokens_per_s_with_prefill": rows * NEW / whole,
             "tokens_per_s": rate,
-            "bandwidth_share": rate / rows * weight_bytes(model) / 1e9 / read_gb_per_s,
+            "bandwidth_share": share(rate / rows * weight_bytes(model) / 1e9, read_gb_per_s),
             "first_token_seconds": alone,
-            "prefill_share": work / alone / 1e12 / matmul_tflop_per_s,
+            "prefill_share": share(work / alone / 1e12, matmul_tflop_per_s),
         }
+        print(json.dumps(found), flush=True)  # if what follows takes too long or fails, this stays
     if not DRY:
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return found
@@ -292,7 +305,8 @@ print(json.dumps({{"import_seconds": imported - start, "load_seconds": loaded - 
                   "first_token_seconds": time.perf_counter() - imported}}))
 """
         for _ in range(2):
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, capture_output=True, text=True, preexec_fn=end_with_parent)
             if done.returncode:
                 raise RuntimeError(done.stderr[-1000:])
         return {**json.loads(done.stdout.splitlines()[-1]), "from": str(room)}
@@ -368,30 +382,22 @@ def gpt_fast(folder: Path) -> dict:
 # ---- the run ----
 
 
-def part(name: str, args: argparse.Namespace, known: dict, limit: float) -> dict:
-    """What one part printed, why it failed, and what it told."""
-    command = [sys.executable, __file__, "--part", name, "--known", json.dumps(known)]
+def measured(name: str, args: argparse.Namespace, limits: dict, seconds: float) -> dict:
+    command = [sys.executable, __file__, "--part", name, "--known", json.dumps(limits)]
     command += ["--dry"] * DRY + (["--gpt-fast", str(args.gpt_fast)] if args.gpt_fast else [])
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, **pipes) as child:
-        try:
-            out, err = child.communicate(timeout=limit)
-            failed = (err.strip() or f"exit code {child.returncode}")[-1500:] if child.returncode else None
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # what it started holds memory of the card too
-            out, err = child.communicate()
-            for room in ROOMS:
-                shutil.rmtree(room / SCRATCH, ignore_errors=True)
-            failed = f"took more than {limit:.0f} s"
-    return last_printed(out) | ({"failed": failed} if failed else {}) | said(err)
+    found = run_process(command, seconds)
+    if "failed" in found:
+        for room in ROOMS:
+            shutil.rmtree(room / SCRATCH, ignore_errors=True)
+    return found
 
 
 def run_part(name: str, args: argparse.Namespace) -> dict:
-    known = json.loads(args.known)
+    reading, arithmetic = map(json.loads(args.known).get, ("read_gb_per_s", "matmul_tflop_per_s"))
     if name in ("int4", "bf16"):
-        return end_to_end(name == "int4", known["read_gb_per_s"], known["matmul_tflop_per_s"])
+        return end_to_end(name == "int4", reading, arithmetic)
     if name == "kernels":
-        return kernels(known["read_gb_per_s"])
+        return kernels(reading)
     return gpt_fast(args.gpt_fast) if name == "gpt_fast" else globals()[name]()
 
 
@@ -411,20 +417,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", action="store_true", help="write bench/results/cuda.json")
     parser.add_argument("--gpt-fast", type=Path, metavar="FOLDER", help="a copy of gpt-fast, to run beside")
-    parser.add_argument("--only", nargs="+", choices=[*PARTS], help="these parts, and limits")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS], help="these parts; --record keeps what "
+                        "there is of others, if they are of this commit and card")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=570, help="of all parts: none begins or goes on after that")
     parser.add_argument("--dry", action="store_true", help="tiny and on the CPU: whether it runs")
     parser.add_argument("--part", choices=[*PARTS], help=argparse.SUPPRESS)
     parser.add_argument("--known", default="{}", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
+        end_with_parent()
         print(json.dumps(run_part(args.part, args)))
         return
     if args.gpt_fast and not (args.gpt_fast / "generate.py").is_file():
         parser.error(f"--gpt-fast {args.gpt_fast} has no generate.py; give it a copy of gpt-fast")
     if args.only and "gpt_fast" in args.only and not args.gpt_fast:
         parser.error("--only gpt_fast needs --gpt-fast FOLDER")
-    if args.record and (args.only or DRY):
-        parser.error("--record takes all parts on a card; leave out --only and --dry")
+    if args.record and DRY:
+        parser.error("--record is of a card; leave out --dry")
     import torch
 
     if not DRY and not torch.cuda.is_available():
@@ -432,23 +441,21 @@ def main() -> None:
     import triton
 
     content = {
-        "command": "python bench/gpu.py" + " --record" * args.record + " --dry" * DRY,
+        "command": "python " + shlex.join("DIR" if Path(x).is_absolute() else x for x in sys.argv),
         "commit": commit(),
         "machine": "the CPU" if DRY else torch.cuda.get_device_name(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
     }
-    found: dict[str, dict] = {}
-    end = time.perf_counter() + SECONDS + (PARTS["gpt_fast"] if args.gpt_fast else 0)
+    found = {name: figures for name, figures in known("cuda.json", content).items() if name in PARTS}
     for name in PARTS:
-        limit = min(PARTS[name], end - time.perf_counter())
-        if "failed" in found.get("limits", {}) or limit < 10:
-            break
-        if name == "limits" or (name in args.only if args.only else name != "gpt_fast" or args.gpt_fast):
-            found[name] = part(name, args, found.get("limits", {}), limit)
-            print(name)
-            show(found[name], "  ")
-            sys.stdout.flush()
-        if args.record and not DRY:  # after each part: who stops it keeps what there is
+        left = args.seconds - (time.perf_counter() - BEGUN)
+        if left < 10 or (name not in args.only if args.only else name == "gpt_fast" and not args.gpt_fast):
+            continue
+        found[name] = measured(name, args, found.get("limits", {}), min(PARTS[name], left))
+        print(name)
+        show(found[name], "  ")
+        sys.stdout.flush()
+        if args.record:  # after each part: who stops it keeps what there is
             keep("cuda.json", {**content, **found})
     print(json.dumps({**content, **found}))
     if any("failed" in figures for figures in found.values()):

@@ -22,7 +22,6 @@ import os
 import platform
 import random
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from recording import commit, cpu, keep, last_printed, said  # noqa: E402
+from recording import commit, cpu, keep, run_process  # noqa: E402
+
+BEGUN = time.perf_counter()
 
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS = 32000, 768, 2688, 8, 12, 3
 LONGEST = 1024
@@ -212,8 +213,7 @@ SEVEN = dict(
     num_key_value_heads=8, head_dim=128, sliding_window=4096, max_position_embeddings=32768, rms_norm_eps=1e-5,
 )  # fmt: skip
 TINY = SEVEN | dict(vocab_size=2000, hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=8)
-PARTS = ("matmul", "sft-2048", "peer-2048", "dpo", "sft-4096", "peer-4096", "compiled-2048", "full-2048")
-SECONDS = 540  # of all parts of the GPU's run
+PARTS = ("matmul", "sft-2048", "peer-2048", "dpo", "full-2048", "sft-4096", "peer-4096", "compiled-2048")
 LIMIT = 150  # of one part: what hangs or compiles for long takes the time of two others at most
 STEPS = 12  # of a part, the first two of them to warm up
 
@@ -387,27 +387,19 @@ def peer_on_gpu(kind: str, length: int, rows: int, where) -> dict:
     return {**found, "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if where.type == "cuda" else None}
 
 
-def gpu(tiny: bool, record: Callable[[dict], None]) -> None:
+def gpu(tiny: bool, seconds: float, record: Callable[[dict], None]) -> None:
     """Every part that there is time for, and what follows from them; kept after each, for whoever stops it."""
-    start, found = time.perf_counter(), {}
-    for part in PARTS:
-        left = min(LIMIT, SECONDS - (time.perf_counter() - start))
+    found = {}
+    for name in PARTS:
+        left = min(LIMIT, seconds - (time.perf_counter() - BEGUN))
         if left < 10:
             break
-        command = [sys.executable, "-W", "ignore", __file__, "--gpu", "--work", part, *(["--tiny"] if tiny else [])]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        with subprocess.Popen(command, **pipes) as child:
-            failed = None
-            try:
-                out, err = child.communicate(timeout=left)
-                failed = err[-1000:] if child.returncode else None
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)  # what it started holds memory of the card too
-                out, err = child.communicate()
-                failed = f"no result in {left:.0f} s"
-        found[part] = last_printed(out) | ({"failed": failed} if failed else {}) | said(err)
-        print(f"{part}: {found[part]}", flush=True)
+        command = [sys.executable, "-W", "ignore", __file__, "--gpu", "--work", name, *(["--tiny"] if tiny else [])]
+        found[name] = run_process(command, left)
+        print(f"{name}: {found[name]}", flush=True)
         record({"parts": found, "ratios": ratios_of(found)})
+    if any("failed" in one for one in found.values()):
+        sys.exit(1)
 
 
 def ratios_of(found: dict) -> dict:
@@ -457,6 +449,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="keep the model and the comparison here, to use them again")
     parser.add_argument("--plan", action="store_true", help="a 7B on fake tensors: bench/results/train-plan.json")
     parser.add_argument("--gpu", action="store_true", help="a 7B on a GPU: bench/results/train-cuda.json")
+    parser.add_argument("--seconds", type=float, default=560, help="--gpu: of all parts: none goes on after that")
     parser.add_argument("--tiny", action="store_true", help="--gpu: try it, with a small model on the CPU")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--who", help=argparse.SUPPRESS)
@@ -477,7 +470,7 @@ def main() -> None:
         if args.plan:
             record(plans())
         else:
-            gpu(args.tiny, record)
+            gpu(args.tiny, args.seconds, record)
         return
     kinds = [args.only] if args.only else ["sft", "dpo"]
     with tempfile.TemporaryDirectory() as thrown_away:

@@ -50,7 +50,7 @@ TABLES = {
     80: {**GENERIC, 16: (64, 4, 3, 4)},
     86: {**GENERIC, 8: (64, 2, 3, 4), 16: (64, 4, 3, 3)},  # less shared memory, and less bandwidth to fill
     89: {**GENERIC, 8: (64, 2, 3, 4), 16: (64, 4, 3, 3)},
-    90: {**GENERIC, 128: (128, 8, 3, 1)},
+    90: {**GENERIC, 32: (64, 4, 3, 3), 128: (128, 8, 3, 1)},
     100: {**GENERIC, 32: (32, 2, 3, 8), 64: (32, 4, 3, 4), 128: (16, 4, 3, 4)},
 }
 TABLES[120] = {**TABLES[100], 8: (64, 2, 3, 4)}  # the shared memory of 89
@@ -412,6 +412,8 @@ def tiling(device: torch.device, M: int, N: int, K: int, weights: int, groups: s
     BM = max(8, triton.next_power_of_2(M))
     known = tuned(device) if groups else {}
     BN, warps, stages, each = known.get(f"{BM} {weights * N} {K} {groups}") or TABLES[kind][BM]
+    if groups is None:
+        each = min(each, 4 // weights)  # as many as the shared memory of an H100 holds
     tiles = triton.cdiv(N, BN)
     split = min(round(each * multiprocessors / tiles), K // COLUMNS, WORKSPACE // (weights * tiles * BN * BM))
     return BN, warps, stages, max(1, split)

@@ -52,6 +52,11 @@ class Sampling:
             if not right:
                 raise BadInput(f"{name} is {getattr(self, name)}; it must be {rule}")
 
+    @property
+    def draws(self) -> bool:
+        """Or else takes the largest: of temperatures so low there is nothing but that, and to divide would overflow."""
+        return self.temperature >= 1e-6
+
 
 def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:
     """Draw one token per row: (B, V) logits -> (B,) int64.
@@ -63,7 +68,7 @@ def sample(logits: Tensor, sampling: Sampling, seen: Tensor | None, generator: t
     if seen is not None:
         penalty = sampling.repetition_penalty  # CTRL, arXiv 1909.05858, section 4.1
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if sampling.temperature < 1e-6:  # there is nothing but the largest, and dividing by it would overflow
+    if not sampling.draws:
         return logits.argmax(dim=-1)
     logits = restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     uniform = torch.rand(logits.shape, device=logits.device, generator=generator).clamp_min(1e-20)
@@ -123,7 +128,8 @@ class _Loop:
         self.generator = device.generator(where, sampling.seed)
         self.readings = Readings(device.tokens_between_syncs(where), rows, where, torch.int64)
         me = weakref.ref(self)  # a cycle would keep the cache until Python looks for cycles
-        self.step = device.graph(lambda: me()._advance(), where, [self.generator])
+        draws = [self.generator] if sampling.draws else []  # each costs a replay two small kernels
+        self.step = device.graph(lambda: me()._advance(), where, draws)
         self.fresh = True
 
     def serves(

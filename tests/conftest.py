@@ -11,13 +11,15 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 # One thread: small models are no faster with two, and two have been seen to give other last digits from run to run.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
-if not os.path.exists("/dev/nvidiactl"):
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # the CUDA kernels run on the CPU, one program after another
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches the network; the hub's tests start a server of their own
 os.environ.pop("PYTHONUNBUFFERED", None)  # set in many containers; it hides what a buffer holds that is never written
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would warn after fork
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():  # before triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the CUDA kernels run on the CPU, one program after another
 
 
 @pytest.fixture(scope="session")

@@ -186,21 +186,6 @@ def test_a_product_may_be_written_over(bits, dtype):
     assert (x.grad.float() - expected).norm() < 2e-2 * expected.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("bits", [4, 8])
-def test_cuda(bits):
-    module = layer(scheme=Scheme(bits, symmetric=False))
-    there = Int4Linear.from_weight(module.dequantize(), Scheme(bits, symmetric=False), torch.device("cuda"))
-    w = there.dequantize(torch.float32)
-    x = torch.randn(4, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    y = there(x)
-    y.sum().backward()
-    assert (y - x @ w.bfloat16().T).abs().max() < 1e-1 and x.grad.device.type == "cuda"
-    weight = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
-    here = Int4Linear.from_weight(weight, Scheme(bits))
-    assert here.device.type == "cuda" and (here.dequantize() - weight).norm() / weight.norm() < 0.1
-
-
 # ---- a whole model ----
 
 
