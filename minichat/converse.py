@@ -10,7 +10,7 @@ from typing import TextIO
 
 import torch
 
-from minichat import chat, device, generation
+from minichat import chat, device, generation, int4
 from minichat.console import plural, say
 from minichat.errors import BadInput, within
 from minichat.generation import Answer, Sampling
@@ -188,10 +188,7 @@ def _is_utf8(stream: TextIO) -> bool:
 
 def describe(model: Mistral) -> str:
     """One line: where it runs, how large it is."""
-    count = sum(p.numel() for p in model.parameters()) + sum(
-        m.in_features * m.out_features for m in model.modules() if hasattr(m, "group_size")
-    )
     dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
     quantised = f", {model.scheme}" if model.scheme else ""
     threads = f", {torch.get_num_threads()} threads" if model.device.type == "cpu" else ""
-    return f"{count / 1e6:,.1f} M weights, {dtype}{quantised}, on {model.device}{threads}"
+    return f"{int4.count_weights(model) / 1e6:,.1f} M weights, {dtype}{quantised}, on {model.device}{threads}"

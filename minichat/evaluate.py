@@ -9,6 +9,7 @@
 Several at once make one table. --tasks and --leaderboard take lm-eval (pip install 'minichat[eval]').
 """
 
+import argparse
 import json
 import math
 import re
@@ -189,7 +190,7 @@ def table(scores: dict[str, float], beside: str | None = None) -> str:
 # ---- the command ----
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = cli.Parser(__doc__, prog="python -m minichat.evaluate")
     cli.activations_flag(cli.model_flags(parser, "without it: runs/dpo, else runs/sft, else the embedded base"))
     group = cli.chat_flags(parser)
@@ -222,7 +223,11 @@ def main() -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--beside", choices=[*PUBLISHED], help="a published model, whose card's numbers go beside these")
     group.add_argument("--json", action="store_true", help="one JSON object, with the answers, instead of a table")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     cli.emulate(args)
     _check(args)
     args.model = args.model or cli.default_model("dpo", "sft")
@@ -288,7 +293,7 @@ def _check(args) -> None:
     for name in names:
         value, least_of_it = getattr(args, name), least.get(name, 1)
         if value is not None and value < least_of_it:
-            raise BadInput(f"--{name.replace('_', '-')} is {value}; it must be {least_of_it} or more")
+            raise BadInput(f"{cli.flag(name)} is {value}; it must be {least_of_it} or more")
     if (args.length or args.stride) and not args.text:
         raise BadInput("--length and --stride are for --text; add it")
     if args.limit and not (args.tasks or args.leaderboard):

@@ -305,6 +305,12 @@ def check_head(scheme: Scheme, tied: bool, where: object) -> None:
         raise BadInput(f"{where}: its head is its embedding, which stays as it is; leave out --lm-head (skip it)")
 
 
+def count_weights(model: nn.Module) -> int:
+    """How many weights a model has, quantised ones too."""
+    quantised = (m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear))
+    return sum(weight.numel() for weight in model.parameters()) + sum(quantised)
+
+
 def set_exact(model: nn.Module, exact: bool) -> nn.Module:
     """Say how all quantised linears of the model round their activations (see Int4Linear.exact); the model."""
     for module in model.modules():

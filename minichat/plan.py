@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from minichat import data, optim, training, weights
 from minichat.device import GIB
 from minichat.errors import BadInput
-from minichat.int4 import Scheme
+from minichat.int4 import Scheme, count_weights
 from minichat.kernels import int4_reference, nf4
 from minichat.model import Config, Mistral, without_weights
 
@@ -114,13 +114,10 @@ def make(
             live.gradients = {_key(p.grad) for p in (*trained, *optimizer.masters) if p.grad is not None}
         live.part = "update"
         optimizer.step(1e-4, 1.0)
-    count = sum(p.numel() for p in model.parameters()) + sum(
-        m.in_features * m.out_features for m in model.modules() if hasattr(m, "group_size")
-    )
     tokens = batch.tensors["ids"].numel()
     trains = sum(p.numel() for p in trained)
     host = sum(x.nbytes for moments in optimizer.moments for x in moments) if offload else 0
-    return Plan(count, trains, live.flops, tokens, live.peak, dict(live.parts), again, host)
+    return Plan(count_weights(model), trains, live.flops, tokens, live.peak, dict(live.parts), again, host)
 
 
 def choose(budget_gib: float, layers: int, of: Callable[[Sequence[str]], Plan]) -> Plan:
