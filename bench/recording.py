@@ -20,12 +20,16 @@ def cpu() -> str:
 
 
 def commit() -> str | None:
-    """MINICHAT_COMMIT, where a copy without .git runs; else git's."""
+    """MINICHAT_COMMIT, where a copy without .git runs; else git's, with + where anything but results is changed."""
     if known := os.environ.get("MINICHAT_COMMIT"):
         return known
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
     with contextlib.suppress(OSError):  # no git there
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(changed) or None
 
 
 def keep(name: str, content: dict) -> None:
@@ -36,6 +40,8 @@ def keep(name: str, content: dict) -> None:
 
 def known(name: str, content: dict) -> dict:
     """bench/results/NAME, if the commit, machine and versions of `content` made it too; else nothing."""
+    if not content["commit"] or content["commit"].endswith("+"):
+        return {}
     try:
         there = json.loads((ROOT / "bench" / "results" / name).read_text())
     except (OSError, ValueError):
@@ -60,6 +66,9 @@ def run_process(command: Sequence[str], seconds: float) -> dict:
             os.killpg(child.pid, signal.SIGKILL)  # what it started holds memory of the card too
             out, err = child.communicate()
             failed = f"took more than {seconds:.0f} s"
+        except BaseException:  # Ctrl-C does not reach it
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
     return last_printed(out) | ({"failed": failed} if failed else {}) | said(err)
 
 

@@ -380,6 +380,11 @@ def run(main: Callable[[], None]) -> None:
         # before torch comes: how long threads spin for more work. By libgomp's own 300,000 the embedded default trains
         # at 105 tokens/s beside two busy processes on two cores, by this at 500 to 2,400; on free cores they are alike
         os.environ["GOMP_SPINCOUNT"] = "20000"
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: the next file or pipe would be it, and get what is written there
+            os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:  # closed: print() would take standard output instead
         sys.stderr = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a result is not lost for a character that the output cannot encode

@@ -157,7 +157,8 @@ def _tensors(rows: list[list[list[Piece]]], pad_to: Callable[[int], int] | None)
     Else ids (B, T), padded on the right, and for rows of several pieces each token's position and document's number,
     (B, T); and no index: a target for every token, (B * T,), those that are none with weight 0. A trunk's last token
     predicts the first one of each piece that continues it: the second piece's comes after all those, predicted at the
-    flat indices "again". In neither is an index twice: of two gradients for one, Gaudi's bridge (1.19) keeps one.
+    flat indices "again". Where a row is one pair, no index is there twice: of two gradients for one, Gaudi's bridge
+    (1.19) keeps one.
     """
     lengths = [tuple(len(tokens) for tokens, _, _ in document) for row in rows for document in row]
     if pad_to is None:

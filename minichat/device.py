@@ -429,5 +429,10 @@ def _bridge(required: bool) -> bool:
     if required and not there:
         raise BadInput(f"device 'hpu' is not there: {why}; run in Gaudi's own container, or try --device cpu")
     if there and "PT_HPU_LAZY_MODE" not in os.environ and not hasattr(torch.hpu, "wrap_in_hpu_graph"):
-        say("the bridge is in eager mode, without HPU graphs: import minichat before torch, or set PT_HPU_LAZY_MODE=1")
+        _say_eager()
     return there
+
+
+@functools.cache  # once
+def _say_eager() -> None:
+    say("the bridge is in eager mode, without HPU graphs: import minichat before torch, or set PT_HPU_LAZY_MODE=1")

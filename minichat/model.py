@@ -61,7 +61,9 @@ class Config:
         # transformers 4, or 5, which takes the older one where both are there
         rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
         if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-            raise BadInput(f"rope_scaling is {rope!r} in config.json; it must be one object for all layers, or null")
+            raise BadInput(
+                f"rope_scaling or rope_parameters is {rope!r} in config.json; it must be one object, or null"
+            )
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise BadInput(f"RoPE scaling {kind!r} is not supported; minichat runs checkpoints without one")

@@ -1,7 +1,7 @@
 """What chat templates make of conversations. Those that come with models are untrusted, and run in another process.
 
 Jinja's own sandbox keeps them from Python's insides, not from using up time and memory. That process may take a second
-of processor time for a text, and a GiB of memory in all.
+of processor time for a text and, on Linux, a GiB of memory in all.
 """
 
 import atexit
@@ -16,6 +16,7 @@ import sys
 import threading
 from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 
 import jinja2
 from jinja2 import nodes
@@ -114,6 +115,9 @@ def _text(
         marked = _compiled(template).render(**variables, **tokens)
     except Exception as error:
         raise _failed(template, error) from error
+    finally:
+        if _limited:
+            signal.setitimer(signal.ITIMER_PROF, 0)
     most = _ADDED + 16 * sum(len(message["content"]) for message in messages)
     if len(marked) > most:
         raise _failed(template, f"it makes a text of {len(marked)} characters; of these messages {most} are the most")
@@ -142,6 +146,8 @@ def _failed(template: str, error: Exception | str) -> BadInput:
 
 # ---- the other process ----
 
+_PATH = [str(Path(__file__).resolve().parents[1]), *map(os.path.abspath, sys.path)]  # as it is now: folders may change
+_READY = b"ready\n"
 _lock = threading.Lock()
 _process: subprocess.Popen | None = None
 _limited = False  # whether this is it
@@ -151,7 +157,9 @@ def _elsewhere(what: str, arguments: tuple):
     """What _serve() answers in the other process, which is begun where there is none."""
     global _process
     with _lock:
-        _process = _process or _begun()
+        if _process is None or _process.poll() is not None:
+            _end()
+            _process = _begun()
         try:
             _process.stdin.write(json.dumps([what, arguments]).encode() + b"\n")
             _process.stdin.flush()
@@ -176,7 +184,15 @@ def _begun() -> subprocess.Popen:
     program = "import sys; sys.path[:] = sys.argv[1:]; from minichat.sandbox import _serve; _serve()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     # in a session of its own, no Ctrl-C of the terminal reaches it
-    return subprocess.Popen([sys.executable, "-I", "-c", program, *sys.path], **pipes, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-I", "-c", program, *_PATH], **pipes, start_new_session=True)
+    try:
+        if process.stdout.readline() != _READY:
+            raise OSError(f"{sys.executable} did not start for a chat template")
+    except BaseException:
+        process.kill()
+        with process:
+            raise
+    return process
 
 
 @atexit.register
@@ -206,16 +222,31 @@ def _serve() -> None:
     import resource
 
     global _limited
-    _limited = True
+    _limited, last = True, None
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # whoever began this may not want it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     with suppress(ValueError, OSError):  # not on macOS
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    for line in sys.stdin.buffer:
-        what, arguments = json.loads(line)
+    answer = _READY.decode()
+    while True:
         try:
-            answer = {"text": _text, "layout": _layout}[what](*arguments), None
+            sys.stdout.write(answer)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os._exit(0)  # nobody waits for it
+        if not (line := sys.stdin.buffer.readline()):
+            return
+        try:
+            what, arguments = json.loads(line)
+            if arguments[1] != last:  # what is left of another template counts for none
+                last = arguments[1]
+                _compiled.cache_clear()
+            found = {"text": _text, "layout": _layout}[what](*arguments)
+            answer = json.dumps([found, None]) + "\n"
         except BadInput as error:
-            answer = None, str(error)
-        print(json.dumps(answer), flush=True)
+            answer = json.dumps([None, str(error)]) + "\n"
+        except MemoryError:
+            answer = json.dumps([None, f"a conversation takes more than {_MEMORY >> 20} MiB to lay out"]) + "\n"
 
 
 # ---- Jinja as transformers sets it up ----

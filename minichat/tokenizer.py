@@ -49,7 +49,7 @@ class Tokenizer:
         # the token files name tokens, the model's files number them; the tokenizer's own word comes first, and a null
         # there is a word too: some models have a bos_token_id in config.json and no BOS
         names = config
-        if not config.get("added_tokens_decoder"):  # as in transformers: of the older file, written before that one
+        if "added_tokens_decoder" not in config:  # as in transformers: of the older file, written before that one
             names = {**config, **read_json(self.folder / "special_tokens_map.json", missing={})}
         model = read_json(self.folder / "config.json", missing={})
         generation = read_json(self.folder / "generation_config.json", missing={})

@@ -473,8 +473,29 @@ def test_hostile_templates(name):
     sandbox._end()
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert ended.ru_utime + ended.ru_stime - waited.ru_utime - waited.ru_stime < 5
-    assert ended.ru_maxrss < max(waited.ru_maxrss, 1 << 20)
+    assert ended.ru_maxrss <= max(waited.ru_maxrss, 1 << 20)
     assert text_of([HELLO], "{{ messages[0].content }}") == HELLO["content"]  # the next one is rendered
+
+
+def test_what_others_used_up_counts_for_no_template(monkeypatch):
+    """The time that was left, and a process that was killed while it waited."""
+    with monkeypatch.context() as patched:
+        patched.setattr(sandbox, "_limited", True)  # as if this were the other process
+        assert sandbox._text([HELLO], "{{ 1 }}", {}, False)[0] == "1"
+        with pytest.raises(BadInput):
+            sandbox._text([HELLO], "{{ 1 + none }}", {}, False)
+        assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+    assert text_of([HELLO], "{{ 2 }}") == "2"
+    sandbox._process.kill()
+    sandbox._process.wait()
+    assert text_of([HELLO], "{{ 3 }}") == "3"
+
+
+def test_a_process_that_does_not_start_is_no_fault_of_a_template(monkeypatch):
+    sandbox._end()
+    monkeypatch.setattr(sandbox.sys, "executable", "/bin/false")
+    with pytest.raises(OSError, match="/bin/false did not start"):
+        text_of([HELLO], "{{ 1 }}")
 
 
 def test_an_interrupted_rendering_is_not_the_next_ones_answer():
@@ -500,7 +521,11 @@ def test_threads_and_forks_get_their_own_answers():
         warnings.simplefilter("ignore")  # torch has threads, which Python tells of
         child = os.fork()
     if child == 0:
-        os._exit(0 if text_of([HELLO], "{{ 'child' }}") == "child" else 1)
+        signal.alarm(30)  # ends it
+        try:
+            os._exit(0 if text_of([HELLO], "{{ 'child' }}") == "child" else 1)
+        finally:
+            os._exit(2)
     assert text_of([HELLO], "{{ 'parent' }}") == "parent"
     assert os.waitpid(child, 0)[1] == 0
 

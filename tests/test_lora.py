@@ -159,6 +159,9 @@ def test_we_open_pefts_file_of_an_adapted_head_with_its_copy_of_the_base(tmp_pat
     torch.testing.assert_close(model(IDS), other(IDS).logits, rtol=0, atol=1e-4)
     adapter, head = lora.Adapter(tmp_path), make().lm_head.weight
     torch.testing.assert_close(adapter.delta("lm_head", head), lora.Adapter(tmp_path).delta("lm_head", head.bfloat16()))
+    for dtypes in ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)):
+        adapter.bases["lm_head"] = head.to(dtypes[0])
+        lora.load(make().to(dtypes[1]), adapter)
     changed = make()
     changed.lm_head.weight[3, 4] += 1
     with pytest.raises(BadInput, match="a weight for lm_head that is not this model's"):

@@ -197,10 +197,17 @@ def test_special_tokens_map(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
 
 
-@pytest.mark.parametrize("described, expected", [(True, ("<s>", "</s>", None)), (False, ("</s>", "<unk>", "<s>"))])
+@pytest.mark.parametrize(
+    "described, expected",
+    [
+        ({"2": {"content": "</s>", "special": True}}, ("<s>", "</s>", None)),
+        ({}, ("<s>", "</s>", None)),
+        (None, ("</s>", "<unk>", "<s>")),
+    ],
+)
 def test_special_tokens_map_beside_the_config_is_read_as_in_transformers(described, expected, tmp_path):
     transformers = pytest.importorskip("transformers")
-    write(tmp_path, **({"added_tokens_decoder": {"2": {"content": "</s>", "special": True}}} if described else {}))
+    write(tmp_path, **({} if described is None else {"added_tokens_decoder": described}))
     named = {"bos_token": "</s>", "eos_token": "<unk>", "pad_token": "<s>"}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(named))
     ours, theirs = Tokenizer(tmp_path).special_tokens, transformers.AutoTokenizer.from_pretrained(tmp_path)
