@@ -428,7 +428,8 @@ def _bridge(required: bool) -> bool:
         there, why = False, f"{error}"
     if required and not there:
         raise BadInput(f"device 'hpu' is not there: {why}; run in Gaudi's own container, or try --device cpu")
-    if there and "PT_HPU_LAZY_MODE" not in os.environ and not hasattr(torch.hpu, "wrap_in_hpu_graph"):
+    lazy = there and hasattr(sys.modules["habana_frameworks.torch.hpu"], "wrap_in_hpu_graph")
+    if there and not lazy and "PT_HPU_LAZY_MODE" not in os.environ:
         _say_eager()
     return there
 

@@ -104,6 +104,20 @@ def test_each_of_several_processes_has_a_card(bridge, monkeypatch):
     assert [device.distributed_backend(where) for where in (CPU, CUDA, HPU)] == ["gloo", "nccl", "hccl"]
 
 
+@pytest.mark.parametrize("mode, graphs, lines", [(None, False, 1), (None, True, 0), ("0", False, 0)])
+def test_a_bridge_that_is_eager_unasked_is_told_of_once(mode, graphs, lines, bridge, monkeypatch, capsys):
+    device._say_eager.cache_clear()
+    monkeypatch.delenv("PT_HPU_LAZY_MODE", raising=False)
+    if mode is not None:
+        monkeypatch.setenv("PT_HPU_LAZY_MODE", mode)
+    if graphs:
+        sys.modules["habana_frameworks.torch.hpu"].wrap_in_hpu_graph = lambda module: module
+    assert device.pick("hpu") == HPU and device.pick("hpu:0").type == "hpu"
+    assert capsys.readouterr().err.count("eager mode") == lines
+    with pytest.raises(BadInput, match="a process has one HPU"):
+        device.pick("hpu:1")
+
+
 def test_hpu_calls_are_the_bridges(bridge, monkeypatch):
     assert device.pick("hpu") == HPU
     for where in (CPU, CUDA, HPU):
