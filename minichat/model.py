@@ -238,7 +238,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        # torch 2.11 compiles a wrong gradient where forward ends with an operation in place
+        return F.silu(gate) * up if torch.compiler.is_compiling() else F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
