@@ -18,7 +18,6 @@ from pathlib import Path
 from minichat import run_folder, sources
 from minichat.console import say
 from minichat.errors import BadInput
-from minichat.run_folder import RUNS
 
 BASE = Path(__file__).parent / "assets" / "base"  # the embedded default
 REQUIRED = ("torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "jinja2", "tqdm")
@@ -337,12 +336,12 @@ def parse(parser: Parser, embedded: str) -> argparse.Namespace:
 def default_model(*runs: str) -> Path:
     """The last of the default runs that was finished, else the embedded base."""
     for run in runs:
-        if run_folder.finished(RUNS[run]):
-            return RUNS[run]
-        if (RUNS[run] / "metrics.jsonl").exists():
-            say(f"{RUNS[run]} did not finish and holds no model: passed over")
+        if run_folder.finished(run_folder.RUNS[run]):
+            return run_folder.RUNS[run]
+        if (run_folder.RUNS[run] / "metrics.jsonl").exists():
+            say(f"{run_folder.RUNS[run]} did not finish and holds no model: passed over")
     if runs:
-        missing = " or ".join(str(RUNS[run]) for run in runs)
+        missing = " or ".join(str(run_folder.RUNS[run]) for run in runs)
         say(f"no finished {missing} here: the embedded base")
     return BASE
 

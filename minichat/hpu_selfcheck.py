@@ -164,7 +164,7 @@ def operations(where) -> dict:
     found["int4_kernel"] = on_device.kernel
     found["int4_weights"] = apart(on_device.dequantize(dtype), on_host.dequantize(dtype))
     eight = int4.Int4Linear.from_weight(weight, int4.Scheme(8, skip=()), where)
-    graphed, expected = device.graph(lambda x: eight(x), where), x.to(dtype).float() @ eight.dequantize().cpu().T
+    graphed, expected = device.graph(eight.forward, where), x.to(dtype).float() @ eight.dequantize().cpu().T
     found["int8_in_a_graph"] = max(apart(graphed(x.to(where, dtype)), expected) for _ in range(3))
     found["int4_matmul"] = apart(on_device(x.to(where, dtype)), (x.to(dtype).float() @ on_host.dequantize().T))
     return found

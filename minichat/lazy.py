@@ -425,7 +425,7 @@ def _check(name: str, args: tuple) -> None:
     elif name == "aten.gather" and args[2].dtype == torch.int64:
         RECORDER.advise("gather with an int64 index: on the device it is cast at every use; take index_select")
     elif name == "aten.index_add" and args[2].numel() <= args[0].shape[args[1]]:  # of more, the bridge adds up all
-        index = args[2].payload  # the gradient of index_select, too
+        index = _payload(args[2])  # the gradient of index_select, too
         if not index.is_meta and len(index.unique()) < index.numel():
             RECORDER.advise(
                 "an index comes twice in index_add (index_select backward): bridge 1.19 keeps one of the two"
