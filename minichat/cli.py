@@ -335,11 +335,11 @@ def parse(parser: Parser, embedded: str) -> argparse.Namespace:
 
 def default_model(*runs: str) -> Path:
     """The last of the default runs that was finished, else the embedded base."""
-    for run in runs:
-        if run_folder.finished(run_folder.RUNS[run]):
-            return run_folder.RUNS[run]
-        if (run_folder.RUNS[run] / "metrics.jsonl").exists():
-            say(f"{run_folder.RUNS[run]} did not finish and holds no model: passed over")
+    for folder in (run_folder.RUNS[run] for run in runs):
+        if run_folder.finished(folder):
+            return folder
+        if (folder / "metrics.jsonl").exists():
+            say(f"{folder} did not finish and holds no model: passed over")
     if runs:
         missing = " or ".join(str(run_folder.RUNS[run]) for run in runs)
         say(f"no finished {missing} here: the embedded base")
